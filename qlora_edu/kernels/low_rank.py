@@ -1,0 +1,58 @@
+"""A frozen linear layer and its low-rank update in one step; the definition is `LoRALinear.forward`.
+
+    y = x Wᵀ + s (x Aᵀ) Bᵀ
+    dx = g W + s (g B) A        dA = s (g B)ᵀ x        dB = s gᵀ (x Aᵀ)
+
+The products of the update are accumulated straight into y and dx, in the dtype of x; A and B keep their float32
+parameters. Only x and x Aᵀ are saved for backward: W is asked for again, so a quantized layer decodes it twice
+instead of keeping it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def linear_with_update(x: Tensor, base: nn.Module, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """What `base` gives for x, plus scaling * (x Aᵀ) Bᵀ.
+
+    Args:
+        x: (..., in).
+        base: a frozen linear layer; if it has `dense_weight(dtype)`, that gives its weight (out, in), which may be
+            overwritten by the next call of any layer.
+        lora_a: (r, in); lora_b: (out, r).
+
+    Returns:
+        (..., out), in the dtype of x.
+    """
+    return _LinearWithUpdate.apply(x, lora_a, lora_b, base, scaling)
+
+
+def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    return base.dense_weight(dtype) if hasattr(base, "dense_weight") else base.weight.to(dtype)
+
+
+class _LinearWithUpdate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, lora_a, lora_b, base, scaling):
+        rows = x.reshape(-1, x.shape[-1])  # (m, in)
+        y = torch.nn.functional.linear(rows, _weight(base, x.dtype), base.bias)  # (m, out)
+        h = rows @ lora_a.to(x.dtype).T  # (m, r)
+        y.addmm_(h, lora_b.to(x.dtype).T, alpha=scaling)
+        ctx.base, ctx.scaling = base, scaling
+        ctx.save_for_backward(rows, h, lora_a, lora_b)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        rows, h, lora_a, lora_b = ctx.saved_tensors
+        g = grad_y.reshape(-1, grad_y.shape[-1])  # (m, out)
+        gh = g @ lora_b.to(g.dtype)  # (m, r)
+        gh *= ctx.scaling
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = g @ _weight(ctx.base, g.dtype)  # (m, in)
+            grad_x.addmm_(gh, lora_a.to(g.dtype))
+            grad_x = grad_x.view(*grad_y.shape[:-1], -1)
+        grad_a = (gh.T @ rows).to(lora_a.dtype)
+        grad_b = (g.T @ h).to(lora_b.dtype) * ctx.scaling
+        return grad_x, grad_a, grad_b, None, None

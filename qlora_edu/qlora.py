@@ -1,0 +1,223 @@
+"""QLoRA: LoRA on a base whose weights are stored in 4 bits (arXiv 2305.14314, equations 5 and 6).
+
+    forward   y  = x  decode(packed)ᵀ         decoded to the compute dtype, used, forgotten
+    backward  dx = dy decode(packed)          decoded once more
+
+What autograd keeps of a layer decides whether 4 bits save anything: `NF4Linear` keeps the packed codes, which it has
+anyway. A layer that writes `F.linear(x, decode(packed))` would keep the decoded weight, four times the size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qlora_edu.blockwise import FLOATS, QuantizedTensor, quantize
+from qlora_edu.kernels.scratch import scratch
+from qlora_edu.lora import LLAMA_LINEARS, LoRALinear, add_lora, lora_layers
+from qlora_edu.storage import from_stored, to_stored
+
+
+class _Frozen4BitMatmul(torch.autograd.Function):
+    """x (..., in) times the transpose of a 4-bit weight (out, in). Saves no tensor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: "NF4Linear", bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        return torch.nn.functional.linear(x, layer.dense_weight(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        weight = ctx.layer.dense_weight(
+            ctx.layer.quantized.dtype
+        )  # first to the dtype it was stored from, as
+        return (
+            torch.matmul(grad_y, weight.to(grad_y.dtype)),
+            None,
+            None,
+        )  # bitsandbytes does; then to that of dy
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer stored in 4 bits a weight. Gradients pass through it, to its input only.
+
+    Attributes:
+        quantized: the weight (out, in); `weight` gives its packed codes.
+        bias: (out,), frozen, or None.
+        compute_dtype: the dtype of the product; the output has the dtype of the input.
+
+    Raises:
+        ValueError: if `quantized` is no matrix, or compute_dtype no float dtype.
+    """
+
+    def __init__(self, quantized: QuantizedTensor, bias: Tensor | None = None, compute_dtype=torch.bfloat16):
+        super().__init__()
+        if len(quantized.shape) != 2:
+            raise ValueError(f"quantized: expected a matrix (out, in); got shape {quantized.shape}")
+        if compute_dtype not in FLOATS:
+            raise ValueError(f"compute_dtype: expected float32, bfloat16 or float16; got {compute_dtype}")
+        self.quantized = quantized
+        self.out_features, self.in_features = quantized.shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.compute_dtype = compute_dtype
+        self.lora_layer = QLoRALinear
+
+    @classmethod
+    def of(
+        cls,
+        linear: nn.Linear,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        block_size: int = 64,
+        codebook: str = "nf4",
+        double_quant: bool = True,
+    ) -> "NF4Linear":
+        """Quantize a linear layer, which is left as it was. Arguments as in `blockwise.quantize`."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected nn.Linear; got {type(linear).__name__}")
+        return cls(quantize(linear.weight, block_size, codebook, double_quant), linear.bias, compute_dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed codes, uint8 (ceil(out * in / 2),)."""
+        return self.quantized.packed
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The decoded weight (out, in) in scratch memory, to be used before any layer decodes again."""
+        return self.quantized.dequantize(out=scratch(self.quantized.shape, dtype, self.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected shape (..., {self.in_features}); got {tuple(x.shape)}")
+        if x.device != self.weight.device:
+            raise ValueError(
+                f"x: expected a tensor on {self.weight.device}, where the weight is; got {x.device}"
+            )
+        bias = None if self.bias is None else self.bias.to(self.compute_dtype)
+        return _Frozen4BitMatmul.apply(x.to(self.compute_dtype), self, bias).to(x.dtype)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary linear layer that holds the weights that the codes stand for."""
+        return _linear(self.quantized.dequantize(dtype), self.bias)
+
+    def _apply(self, fn, recurse=True):
+        packed = fn(
+            self.quantized.packed
+        )  # codes have no float dtype: only a move to another device concerns them
+        self.quantized = self.quantized.to(packed.device)
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(
+            {f"{prefix}weight{name}": tensor for name, tensor in to_stored(self.quantized).items()}
+        )
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        start = prefix + "weight"
+        stored = {
+            name[len(start) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(start)
+        }
+        quantized = from_stored(stored)
+        if quantized.shape != self.quantized.shape:
+            raise ValueError(f"{start}: expected shape {self.quantized.shape}; got {quantized.shape}")
+        self.quantized = quantized.to(self.weight.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        q = self.quantized
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {q.codebook}, "
+            f"blocks of {q.block_size}, double_quant={q.double_quant}, compute={self.compute_dtype}"
+        )
+
+
+class QLoRALinear(LoRALinear):
+    """A low-rank update beside a 4-bit base."""
+
+    def add(self, y: Tensor, update: Tensor) -> Tensor:
+        """The update is rounded to the base's dtype before it is added: so does PEFT for 4-bit layers."""
+        return y + update.to(y.dtype)
+
+    def merged_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """Decoded base plus update, added in float32, as an ordinary linear layer. Nothing of the update is lost
+        but its rounding to `dtype`."""
+        quantized = self.base.quantized
+        weight = quantized.dequantize(torch.float32) + self.delta()
+        return _linear(weight.to(dtype or quantized.dtype), self.base.bias)
+
+    def merge(self) -> None:
+        """Decode, add the update, quantize again. Most of a small update is lost to rounding: see `merged_linear`."""
+        if self.merged:
+            raise RuntimeError("merge: the update is in the base's weight already")
+        self._requantize(self.base.quantized.dequantize() + self.delta())
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Decode, subtract the update, quantize again. The base does not come back as it was."""
+        if not self.merged:
+            raise RuntimeError("unmerge: the update is not in the base's weight")
+        self._requantize(self.base.quantized.dequantize() - self.delta())
+        self.merged = False
+
+    def _requantize(self, weight: Tensor) -> None:
+        q = self.base.quantized
+        self.base.quantized = quantize(weight, q.block_size, q.codebook, q.double_quant)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
+    return layer
+
+
+def quantize_model(
+    model: nn.Module,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 64,
+    codebook: str = "nf4",
+    double_quant: bool = True,
+    skip: Sequence[str] = ("lm_head",),
+) -> list[str]:
+    """Put an `NF4Linear` in the place of each `nn.Linear` whose name does not end in one of `skip`, in place.
+
+    Returns:
+        The names of the layers that were quantized.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.split(".")[-1] not in set(skip)
+    ]
+    if not names:
+        raise ValueError("model: has no nn.Linear to quantize")
+    for name in names:
+        linear = model.get_submodule(name)
+        model.set_submodule(name, NF4Linear.of(linear, compute_dtype, block_size, codebook, double_quant))
+    return names
+
+
+def add_qlora(
+    model: nn.Module, r: int = 8, alpha: float = 16, targets: Sequence[str] = LLAMA_LINEARS, **options
+) -> list[str]:
+    """The whole of QLoRA: quantize a model's linear layers to NF4 with double quantization, and add LoRA to them.
+
+    Args:
+        options: further arguments of `lora.add_lora`.
+    """
+    quantize_model(model)
+    return add_lora(model, r, alpha, targets=targets, **options)
+
+
+def merge_into_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Replace every QLoRA layer, in place, by an ordinary linear layer: decoded base plus update. Returns the model."""
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.merged_linear(dtype))
+    return model
