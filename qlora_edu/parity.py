@@ -22,6 +22,7 @@ from qlora_edu import adapters, blockwise, codebooks, lora, models, qlora, refer
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256, 4096)
+TARGETS = list(lora.LLAMA_LINEARS)
 ODD_SIZES = (1, 2, 3, 5, 31, 32, 33, 63, 64, 65, 127, 1_000, 4_097, 99_999, 1_000_001)
 SMALL = {
     "hidden_size": 128,
@@ -178,12 +179,9 @@ def compare_lora() -> Iterator[Row]:
             for i, parameter in enumerate(model.parameters()):
                 parameter.data = stored_weights(parameter.numel(), start=i).view_as(parameter) / 20
             model, mine = model.to(dtype), copy.deepcopy(model).to(dtype)
-            options = {
-                "r": 6,
-                "lora_alpha": 16,
-                "use_rslora": rank_stabilized,
-                "target_modules": list(lora.LLAMA_LINEARS),
-            }
+            options = {"r": 6, "lora_alpha": 16, "use_rslora": rank_stabilized, "target_modules": TARGETS}
+            torch.manual_seed(1)
+            theirs = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
             torch.manual_seed(1)
             lora.add_lora(mine, r=6, alpha=16, rank_stabilized=rank_stabilized)
             how = f"{_name(dtype)} base{', rank-stabilized' * rank_stabilized}"
@@ -223,7 +221,7 @@ def compare_real_model() -> Iterator[Row]:
     mine, _ = models.load(dtype=torch.bfloat16)
     theirs = reference.load_4bit(folder)
     torch.manual_seed(1)
-    theirs = get_peft_model(theirs, LoraConfig(r=8, lora_alpha=16, target_modules=list(lora.LLAMA_LINEARS)))
+    theirs = get_peft_model(theirs, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS))
     torch.manual_seed(1)
     qlora.add_qlora(mine.train())
     yield row("SmolLM2-135M: packed codes of 210 layers", *_bases(mine, theirs))
