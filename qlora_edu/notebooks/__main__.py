@@ -1,0 +1,43 @@
+"""`python -m qlora_edu.notebooks execute | tidy | check NOTEBOOK...`: exit status 0 where all is well, else 1."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from qlora_edu.notebooks import CELL_TIMEOUT_S, NotebookError, check, execute, tidy
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m qlora_edu.notebooks", description="Execute, tidy or check notebooks."
+    )
+    parser.add_argument("action", choices=["execute", "tidy", "check"])
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--timeout", type=float, default=CELL_TIMEOUT_S, help="seconds a cell may take")
+    options = parser.parse_args(arguments)
+    faults = 0
+    for path in options.notebooks:
+        try:
+            if options.action == "execute":
+                print(f"{path}: executing", flush=True)
+                start = time.monotonic()
+                execute(path, options.timeout)
+                print(f"{path}: {time.monotonic() - start:.0f} s, {path.stat().st_size / 1000:.0f} kB")
+            elif options.action == "tidy":
+                tidy(path)
+            problems = check(path)
+        except NotebookError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"{path}: interrupted; the file is as it was", file=sys.stderr)
+            return 130
+        for problem in problems:
+            print(f"{path}: {problem}", file=sys.stderr)
+        faults += len(problems)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

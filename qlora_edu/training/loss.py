@@ -1,0 +1,76 @@
+"""The loss: the mean of -log p over the tokens of the answers.
+
+The library way computes the logits of every position, 49,152 numbers each in float32, and ignores most of them.
+`answer_loss` gives the output layer only the positions that are scored, a few rows at a time, and computes the gradient
+of those logits at once, so that they need not be kept.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from qlora_edu.training.batches import IGNORE, Batch
+
+ROWS = 128  # positions whose logits exist at one time
+
+
+def library_loss(model: nn.Module, batch: Batch, scored: int) -> Tensor:
+    """The sum of -log p over the scored tokens of a batch, divided by `scored`, as transformers computes it."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        labels=batch.labels,
+        num_items_in_batch=scored,
+        use_cache=False,
+    ).loss
+
+
+def answer_loss(model: nn.Module, batch: Batch, scored: int) -> Tensor:
+    """The same number for less work. The output layer must be frozen, and have no bias.
+
+    Args:
+        model: a transformers causal language model.
+        scored: scored tokens of the whole step, which may consist of several batches.
+    """
+    hidden = last_hidden(model, batch)[:, :-1]  # position t predicts token t + 1
+    targets = batch.labels[:, 1:]
+    chosen = targets != IGNORE
+    return _CrossEntropy.apply(hidden[chosen], model.get_output_embeddings().weight, targets[chosen], scored)
+
+
+def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """What the output layer would be given, (rows, length, hidden)."""
+    inner = model.get_decoder()
+    return inner(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """sum over rows of log(sum(exp(h Wᵀ))) - (h Wᵀ)[target], divided by `count`.
+
+    hidden (n, d), weight (vocabulary, d), targets int64 (n,). The gradient with respect to hidden,
+    (softmax(h Wᵀ) - onehot(target)) W / count, is computed in the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, count: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), ROWS):
+            part = slice(start, start + ROWS)
+            logits = (hidden[part] @ weight.T).float()  # (rows, vocabulary)
+            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            right = logits.gather(1, targets[part, None])
+            total += (normaliser - right).sum()
+            if grad is not None:
+                slope = logits.sub_(normaliser).exp_()  # softmax
+                slope.scatter_add_(1, targets[part, None], torch.full_like(right, -1.0))
+                grad[part] = slope.div_(count).to(hidden.dtype) @ weight
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss.to(grad.dtype), None, None, None
