@@ -191,9 +191,9 @@ def _step(model, rows, optimizer, parameters, step, config, loss, pad_id) -> flo
 
 def _set_checkpointing(model: nn.Module, wanted: bool) -> None:
     if wanted:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    elif hasattr(model, "gradient_checkpointing_disable"):
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.activation_checkpointing_disable()
 
 
 def _write_adapter(model: nn.Module, folder: Path) -> None:
