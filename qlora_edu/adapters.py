@@ -14,10 +14,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from qlora_edu.lora import LoRALinear, add_lora, lora_layers
+from qlora_edu.lora import LoRALinear, add_lora, check_linear, check_options, lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_ENDINGS = (".lora_A.weight", ".lora_B.weight")
+
+#: Options of PEFT that change what an adapter computes, or where, and that `LoRALinear` has not.
+UNSUPPORTED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "bias",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+)
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -61,10 +80,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, base_name: str | N
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    text = json.dumps(config, indent=2) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / WEIGHTS, save(adapter_tensors(model), metadata={"format": "pt"}))
-    write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_whole(folder / CONFIG, text.encode())
     return folder
 
 
@@ -93,12 +113,16 @@ def read_config(folder: str | os.PathLike) -> dict:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"folder: {str(folder)!r} holds no {CONFIG}, so it is no adapter")
-    config = json.loads(path.read_text())
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{CONFIG}: expected peft_type LORA; got {config.get('peft_type')!r}")
-    for key, plain in {"use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
-                       "fan_in_fan_out": False, "bias": "none", "lora_bias": False}.items():  # fmt: skip
-        if config.get(key) not in (plain, None):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{CONFIG}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{CONFIG}: expected peft_type LORA; got {str(config)[:100]}")
+    if "r" not in config or "lora_alpha" not in config:
+        raise ValueError(f"{CONFIG}: expected r and lora_alpha; got {sorted(config)}")
+    for key in UNSUPPORTED:
+        if config.get(key) not in (None, False, {}, "none"):
             raise ValueError(
                 f"{CONFIG}: {key}={config[key]!r} is not supported here; load this adapter with PEFT"
             )
@@ -121,7 +145,12 @@ def load_adapter(
         tensors = load_file(Path(folder) / WEIGHTS)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{WEIGHTS}: cannot be read ({error})") from error
-    names = {name.removeprefix(_PREFIX).rsplit(".", 2)[0] for name in tensors}
+    odd = [name for name in tensors if not (name.startswith(_PREFIX) and name.endswith(_ENDINGS))]
+    if odd or not tensors:
+        raise ValueError(f"{WEIGHTS}: expected names {_PREFIX}<layer>{_ENDINGS[0]}; got {sorted(odd)[:3]}")
+    names = {
+        name.removeprefix(_PREFIX).removesuffix(_ENDINGS[0]).removesuffix(_ENDINGS[1]) for name in tensors
+    }
     _check_fit(model, config, names, tensors)
     if not lora_layers(model):
         add_lora(
@@ -145,8 +174,11 @@ def _check_fit(model: nn.Module, config: dict, names: set[str], tensors: dict[st
     if set(present) != names:
         odd = sorted(set(present) ^ names)[:3]
         raise ValueError(f"adapter: its layers are not those of the model; for example {odd}")
+    check_options(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0))
     for name, layer in present.items():
         if isinstance(layer, LoRALinear):
+            if layer.merged:
+                raise ValueError(f"model: the update of {name} is merged into its base; call unmerge() first")
             wanted = (config["r"], config["lora_alpha"], config.get("use_rslora", False))
             if (layer.r, layer.alpha, layer.rank_stabilized) != wanted:
                 raise ValueError(
@@ -154,6 +186,7 @@ def _check_fit(model: nn.Module, config: dict, names: set[str], tensors: dict[st
                     f"the model has {(layer.r, layer.alpha, layer.rank_stabilized)}"
                 )
             layer = layer.base
+        check_linear(name, layer)
         shapes = {"lora_A": (config["r"], layer.in_features), "lora_B": (layer.out_features, config["r"])}
         for part, expected in shapes.items():
             tensor = tensors.get(f"{_PREFIX}{name}.{part}.weight")

@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_edu import codebooks
 from qlora_edu.double_quantization import QuantizedScales, quantize_scales, to_blocks
 from qlora_edu.kernels.decode import decode_into
+from qlora_edu.kernels.encode import encode_into
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,10 +44,9 @@ def quantize(
     (['0xa2', '0x7f'], [2.0])
     """
     _check(weight, block_size)
-    _, thresholds, order = codebooks.table(codebook, weight.device)
-
-    flat = weight.detach().reshape(-1).float()  # (n,), normalised in float32 whatever the dtype
-    absmax = to_blocks(flat, block_size).abs().amax(dim=1)  # (blocks,)
+    codebooks.table(codebook)  # an unknown name is refused before any work
+    flat = weight.detach().reshape(-1)  # (n,)
+    absmax = to_blocks(flat, block_size).abs().amax(dim=1).float()  # (blocks,)
     if not absmax.isfinite().all():
         where = int((~flat.isfinite()).nonzero()[0])
         raise ValueError(
@@ -55,18 +55,15 @@ def quantize(
         )
 
     whole = flat.numel() // block_size * block_size
-    inverse = 1.0 / absmax[: whole // block_size].clamp(min=_SMALLEST_SCALE)
-    normalised = (flat[:whole].view(-1, block_size) * inverse[:, None]).flatten()
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
+    inverse = 1.0 / absmax.clamp(min=_SMALLEST_SCALE)
+    encode_into(packed[: whole // 2], flat[:whole], inverse, codebook, block_size)
     if whole < flat.numel():  # a short last block is divided, not multiplied by the inverse
         absmax[-1].clamp_(min=_SMALLEST_SCALE)
-        normalised = torch.cat([normalised, flat[whole:] / absmax[-1]])
-
-    normalised = torch.nn.functional.pad(
-        normalised.clamp_(-1, 1), (0, flat.numel() % 2)
-    )  # an even number of codes
-    codes = order[torch.bucketize(normalised, thresholds, out_int32=True)]  # a tie goes to the lower level
+        rest = torch.nn.functional.pad(flat[whole:].float() / absmax[-1], (0, flat.numel() % 2))
+        packed[whole // 2 :] = pack(encode(rest, codebook))
     scales = quantize_scales(absmax) if double_quant else absmax
-    return QuantizedTensor(pack(codes), scales, codebook, block_size, tuple(weight.shape), weight.dtype)
+    return QuantizedTensor(packed, scales, codebook, block_size, tuple(weight.shape), weight.dtype)
 
 
 def _check(weight: Tensor, block_size: int) -> None:
@@ -82,8 +79,8 @@ def _check(weight: Tensor, block_size: int) -> None:
         )
     if weight.numel() == 0:
         raise ValueError(f"weight: expected at least one element; got shape {tuple(weight.shape)}")
-    if block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size: expected one of {BLOCK_SIZES}; got {block_size!r}")
+    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size: expected one of the whole numbers {BLOCK_SIZES}; got {block_size!r}")
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -100,6 +97,21 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack([packed >> 4, packed & 0xF], dim=1).flatten()
 
 
+def encode(normalised: Tensor, codebook: str) -> Tensor:
+    """The code of the level nearest to each number; a tie goes to the lower level.
+
+    This is the definition; `kernels.encode` is the fast path.
+
+    Args:
+        normalised: float32 (n,), weight / scale, in [-1, 1].
+
+    Returns:
+        uint8 (n,).
+    """
+    _, thresholds, order = codebooks.table(codebook, normalised.device)
+    return order[torch.bucketize(normalised, thresholds, out_int32=True)]
+
+
 def decode(packed: Tensor, scales: Tensor, codebook: str, block_size: int, count: int) -> Tensor:
     """What packed codes mean, level * scale. This is the definition; `kernels.decode` is the fast path.
 
@@ -114,7 +126,7 @@ def decode(packed: Tensor, scales: Tensor, codebook: str, block_size: int, count
     return levels[unpack(packed)[:count].int()] * scales.repeat_interleave(block_size)[:count]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """A tensor stored in 4 bits a weight.
 
@@ -161,8 +173,10 @@ class QuantizedTensor:
             Tensor of `shape`; each value is a float32 product, rounded once.
 
         Raises:
-            ValueError: if `out` does not fit.
+            ValueError: if `dtype` is none of FLOATS, or `out` does not fit.
         """
+        if dtype not in (None, *FLOATS):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16; got {dtype}")
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
         if tuple(out.shape) != self.shape or not out.is_contiguous() or out.dtype not in FLOATS:
@@ -180,4 +194,6 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":
         """The same tensor on another device."""
-        return replace(self, packed=self.packed.to(device), stored_scales=self.stored_scales.to(device))
+        return replace(
+            self, packed=self.packed.to(device=device), stored_scales=self.stored_scales.to(device=device)
+        )

@@ -26,7 +26,7 @@ def nf4() -> Tensor:
 
     Eight quantiles stand on the positive side and seven on the negative one, so that zero can be a level too. The
     probabilities are spaced in float32 and the quantiles computed in float64: float64 spacing gives other last
-    bits in 10 of the 16 levels.
+    bits in 8 of the 16 levels.
 
     Returns:
         float32 tensor of shape (16,), from -1 to 1, with an exact zero at code 7.
@@ -36,10 +36,9 @@ def nf4() -> Tensor:
     """
 
     def quantiles(count: int) -> list[float]:
-        probabilities = torch.linspace(NF4_OFFSET, 0.5, count + 1)[
-            :-1
-        ]  # 0.5 is dropped: zero is added once, below
-        return [NormalDist().inv_cdf(p) for p in probabilities.tolist()]
+        probabilities = torch.linspace(NF4_OFFSET, 0.5, count + 1, dtype=torch.float32)
+        # The last one, 0.5, is left out: its quantile is zero, which is added once, below.
+        return [NormalDist().inv_cdf(p) for p in probabilities[:-1].tolist()]
 
     negative = [-q for q in quantiles(7)]
     positive = quantiles(8)
@@ -95,7 +94,7 @@ def dynamic_8bit() -> Tensor:
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)  # (2**i + 1,)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)  # (2**i + 1,)
         midpoints = (edges[:-1] + edges[1:]) / 2  # (2**i,)
         levels += (10 ** (i - 6) * midpoints).tolist() + (-(10 ** (i - 6)) * midpoints).tolist()
     return torch.tensor(sorted(levels), dtype=torch.float32)

@@ -35,10 +35,11 @@ def to_blocks(flat: Tensor, block_size: int) -> Tensor:
 
     Returns (ceil(n / block_size), block_size).
     """
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
+    missing = -flat.numel() % block_size
+    return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, block_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedScales:
     """Scales stored in 8 bits.
 
@@ -63,7 +64,7 @@ class QuantizedScales:
         return rows.flatten()[: self.codes.numel()] + self.offset
 
     def to(self, device: torch.device | str) -> "QuantizedScales":
-        return QuantizedScales(self.codes.to(device), self.absmax.to(device), self.offset.to(device))
+        return QuantizedScales(*(t.to(device=device) for t in (self.codes, self.absmax, self.offset)))
 
 
 def quantize_scales(scales: Tensor) -> QuantizedScales:
@@ -79,16 +80,12 @@ def quantize_scales(scales: Tensor) -> QuantizedScales:
     >>> stored.codes.tolist(), stored.offset.item(), stored.absmax.tolist()
     ([0, 131, 255], 2.0, [1.0])
     """
-    if (
-        scales.dtype != torch.float32
-        or scales.dim() != 1
-        or scales.numel() == 0
-        or not scales.isfinite().all()
-    ):
+    if scales.dtype != torch.float32 or scales.dim() != 1 or scales.numel() == 0:
         raise ValueError(
-            "scales: expected a non-empty 1-D float32 tensor of finite values; "
-            f"got {scales.dtype}, shape {tuple(scales.shape)}"
+            f"scales: expected a non-empty 1-D float32 tensor; got {scales.dtype}, shape {tuple(scales.shape)}"
         )
+    if not scales.isfinite().all():
+        raise ValueError(f"scales: expected finite values; got {scales[~scales.isfinite()][0].item()}")
     _, nearest = _dynamic_map(scales.device)
     offset = scales.mean()
     if not offset.isfinite():

@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
 
     Raises:
         TypeError: if `base` is no linear layer.
-        ValueError: if r < 1 or dropout is not in [0, 1).
+        ValueError: if r is no whole number of at least 1, alpha not finite, or dropout not in [0, 1).
     """
 
     def __init__(
@@ -52,14 +52,8 @@ class LoRALinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if not hasattr(base, "in_features") or not hasattr(base, "out_features"):
-            raise TypeError(
-                f"base: expected a linear layer with in_features and out_features; got {type(base).__name__}"
-            )
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"r: expected a whole number of at least 1; got {r!r}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1); got {dropout!r}")
+        check_linear("base", base)
+        check_options(r, alpha, dropout)
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.rank_stabilized = r, alpha, rank_stabilized
         self.scaling = alpha / math.sqrt(r) if rank_stabilized else alpha / r
@@ -75,7 +69,15 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(b.to(base.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to y (..., out), in the dtype of the base's output."""
+        """x (..., in) to y (..., out), in the dtype of the base's output.
+
+        Raises:
+            RuntimeError: if the layer is switched off while the update sits in the base's weight.
+        """
+        if self.merged and not self.enabled:
+            raise RuntimeError(
+                "forward: the update is merged, so it cannot be switched off; call unmerge() first"
+            )
         if self.merged or not self.enabled:
             return self.base(x)
         if self.compute_dtype is not None and x.dtype == self.compute_dtype and not self.dropout.p:
@@ -127,7 +129,25 @@ def _draw(in_features: int, out_features: int, r: int) -> tuple[Tensor, Tensor]:
     a = nn.Linear(in_features, r, bias=False)
     nn.Linear(r, out_features, bias=False)
     nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
-    return a.weight.detach(), torch.zeros(out_features, r)
+    return a.weight.detach(), torch.zeros(out_features, r, dtype=torch.float32)
+
+
+def check_linear(name: str, layer: nn.Module) -> None:
+    """Raise a TypeError unless `layer` has in_features and out_features."""
+    if not hasattr(layer, "in_features") or not hasattr(layer, "out_features"):
+        raise TypeError(
+            f"{name}: expected a linear layer with in_features and out_features; got {type(layer).__name__}"
+        )
+
+
+def check_options(r: int, alpha: float, dropout: float) -> None:
+    """Raise a ValueError unless these are a rank, a scaling and a probability. Arguments as in `LoRALinear`."""
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"r: expected a whole number of at least 1; got {r!r}")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"alpha: expected a finite number; got {alpha!r}")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1); got {dropout!r}")
 
 
 def add_lora(
@@ -147,19 +167,38 @@ def add_lora(
         The names of the wrapped layers.
 
     Raises:
-        ValueError: if no layer matches, or the model has LoRA layers already.
+        TypeError, ValueError: as `find_targets` and `LoRALinear` do. Nothing is changed then.
     """
-    if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("model: has LoRA layers already; load a fresh one, or remove them first")
-    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in set(targets)]
-    if not names:
-        raise ValueError(f"targets: no layer's name ends in any of {tuple(targets)}")
+    bases = find_targets(model, targets)
+    layers = {
+        name: layer_for(base)(base, r, alpha, dropout, rank_stabilized, compute_dtype)
+        for name, base in bases.items()
+    }
     model.requires_grad_(False)
-    for name in names:
-        base = model.get_submodule(name)
-        layer = layer_for(base)(base, r, alpha, dropout, rank_stabilized, compute_dtype)
+    for name, layer in layers.items():
         model.set_submodule(name, layer)
-    return names
+    return list(layers)
+
+
+def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Module]:
+    """The linear layers whose name ends in one of `targets`, by name.
+
+    Raises:
+        TypeError: if `targets` is a single string, or one of these layers is not linear.
+        ValueError: if there is none, or the model has LoRA layers already.
+    """
+    if isinstance(targets, str):
+        raise TypeError(
+            f"targets: expected a list of names; got the string {targets!r}. Write [{targets!r}]."
+        )
+    if lora_layers(model):
+        raise ValueError("model: has LoRA layers already; load a fresh one, or remove them first")
+    found = {name: module for name, module in model.named_modules() if name.split(".")[-1] in set(targets)}
+    if not found:
+        raise ValueError(f"targets: no layer's name ends in any of {tuple(targets)}")
+    for name, module in found.items():
+        check_linear(name, module)
+    return found
 
 
 def layer_for(base: nn.Module) -> type[LoRALinear]:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from qlora_edu.blockwise import FLOATS, QuantizedTensor, quantize
 from qlora_edu.kernels.scratch import scratch
-from qlora_edu.lora import LLAMA_LINEARS, LoRALinear, add_lora, lora_layers
+from qlora_edu.lora import (
+    LLAMA_LINEARS,
+    LoRALinear,
+    add_lora,
+    check_options,
+    find_targets,
+    lora_layers,
+)
 from qlora_edu.storage import from_stored, to_stored
 
 
@@ -30,14 +37,9 @@ class _Frozen4BitMatmul(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        weight = ctx.layer.dense_weight(
-            ctx.layer.quantized.dtype
-        )  # first to the dtype it was stored from, as
-        return (
-            torch.matmul(grad_y, weight.to(grad_y.dtype)),
-            None,
-            None,
-        )  # bitsandbytes does; then to that of dy
+        # As bitsandbytes does: decoded to the dtype of the original weight first, then converted to that of dy.
+        weight = ctx.layer.dense_weight(ctx.layer.quantized.dtype).to(grad_y.dtype)
+        return torch.matmul(grad_y, weight), None, None
 
 
 class NF4Linear(nn.Module):
@@ -49,11 +51,16 @@ class NF4Linear(nn.Module):
         compute_dtype: the dtype of the product; the output has the dtype of the input.
 
     Raises:
-        ValueError: if `quantized` is no matrix, or compute_dtype no float dtype.
+        TypeError: if `quantized` is no QuantizedTensor.
+        ValueError: if it is no matrix, or compute_dtype none of blockwise.FLOATS.
     """
 
     def __init__(self, quantized: QuantizedTensor, bias: Tensor | None = None, compute_dtype=torch.bfloat16):
         super().__init__()
+        if not isinstance(quantized, QuantizedTensor):
+            raise TypeError(
+                f"quantized: expected a QuantizedTensor; got {type(quantized).__name__}. Try NF4Linear.of."
+            )
         if len(quantized.shape) != 2:
             raise ValueError(f"quantized: expected a matrix (out, in); got shape {quantized.shape}")
         if compute_dtype not in FLOATS:
@@ -89,8 +96,10 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x: expected shape (..., {self.in_features}); got {tuple(x.shape)}")
+        if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
+            raise ValueError(
+                f"x: expected a float tensor of shape (..., {self.in_features}); got {x.dtype}, {tuple(x.shape)}"
+            )
         if x.device != self.weight.device:
             raise ValueError(
                 f"x: expected a tensor on {self.weight.device}, where the weight is; got {x.device}"
@@ -103,9 +112,8 @@ class NF4Linear(nn.Module):
         return _linear(self.quantized.dequantize(dtype), self.bias)
 
     def _apply(self, fn, recurse=True):
-        packed = fn(
-            self.quantized.packed
-        )  # codes have no float dtype: only a move to another device concerns them
+        # Codes have no float dtype: only a move to another device concerns them.
+        packed = fn(self.quantized.packed)
         self.quantized = self.quantized.to(packed.device)
         return super()._apply(fn, recurse)
 
@@ -115,16 +123,24 @@ class NF4Linear(nn.Module):
             {f"{prefix}weight{name}": tensor for name, tensor in to_stored(self.quantized).items()}
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         start = prefix + "weight"
         stored = {
             name[len(start) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(start)
         }
-        quantized = from_stored(stored)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if not stored:
+            missing.append(start)
+            return
+        try:
+            quantized = from_stored(stored)
+        except ValueError as error:
+            errors.append(f"{start}: {error}")
+            return
         if quantized.shape != self.quantized.shape:
-            raise ValueError(f"{start}: expected shape {self.quantized.shape}; got {quantized.shape}")
+            errors.append(f"{start}: expected shape {self.quantized.shape}; got {quantized.shape}")
+            return
         self.quantized = quantized.to(self.weight.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         q = self.quantized
@@ -143,7 +159,15 @@ class QLoRALinear(LoRALinear):
 
     def merged_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """Decoded base plus update, added in float32, as an ordinary linear layer. Nothing of the update is lost
-        but its rounding to `dtype`."""
+        but its rounding to `dtype`.
+
+        Raises:
+            RuntimeError: if the update has been merged into the 4-bit weight already.
+        """
+        if self.merged:
+            raise RuntimeError(
+                "merged_linear: the update is in the base's weight already; call unmerge() first"
+            )
         quantized = self.base.quantized
         weight = quantized.dequantize(torch.float32) + self.delta()
         return _linear(weight.to(dtype or quantized.dtype), self.base.bias)
@@ -189,35 +213,59 @@ def quantize_model(
         The names of the layers that were quantized.
 
     Raises:
-        ValueError: if there is no such layer.
+        TypeError: if `skip` is a single string.
+        ValueError: if there is no such layer, a layer cannot be quantized, or the model has LoRA layers already.
+            Nothing is changed then.
     """
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[-1] not in set(skip)
-    ]
-    if not names:
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a list of names; got the string {skip!r}. Write [{skip!r}].")
+    if lora_layers(model):
+        raise ValueError("model: has LoRA layers already; quantize a model before LoRA is added to it")
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.split(".")[-1] not in set(skip):
+            try:
+                layers[name] = NF4Linear.of(module, compute_dtype, block_size, codebook, double_quant)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: cannot be quantized. {error}") from error
+    if not layers:
         raise ValueError("model: has no nn.Linear to quantize")
-    for name in names:
-        linear = model.get_submodule(name)
-        model.set_submodule(name, NF4Linear.of(linear, compute_dtype, block_size, codebook, double_quant))
-    return names
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return list(layers)
 
 
 def add_qlora(
-    model: nn.Module, r: int = 8, alpha: float = 16, targets: Sequence[str] = LLAMA_LINEARS, **options
+    model: nn.Module,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: Sequence[str] = LLAMA_LINEARS,
+    rank_stabilized: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """The whole of QLoRA: quantize a model's linear layers to NF4 with double quantization, and add LoRA to them.
 
-    Args:
-        options: further arguments of `lora.add_lora`.
+    Arguments, result and errors are those of `lora.add_lora`; where that would refuse, nothing is quantized either.
     """
+    find_targets(model, targets)
+    check_options(r, alpha, dropout)
     quantize_model(model)
-    return add_lora(model, r, alpha, targets=targets, **options)
+    return add_lora(model, r, alpha, dropout, targets, rank_stabilized, compute_dtype)
 
 
 def merge_into_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Replace every QLoRA layer, in place, by an ordinary linear layer: decoded base plus update. Returns the model."""
-    for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.merged_linear(dtype))
+    """Replace every QLoRA layer, in place, by an ordinary linear layer: decoded base plus update. Returns the model.
+
+    Raises:
+        ValueError: if the model has no QLoRA layers. RuntimeError: if one is merged. Nothing is changed then.
+    """
+    layers = lora_layers(model)
+    if not layers or not all(isinstance(layer, QLoRALinear) for layer in layers.values()):
+        raise ValueError(
+            "model: expected QLoRA layers; call add_qlora, or use LoRALinear.merge for a dense base"
+        )
+    dense = {name: layer.merged_linear(dtype) for name, layer in layers.items()}
+    for name, layer in dense.items():
+        model.set_submodule(name, layer)
     return model

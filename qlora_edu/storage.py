@@ -9,6 +9,7 @@ weight.quant_state.bitsandbytes__nf4    uint8, a JSON text with everything that 
 """
 
 import json
+import math
 
 import torch
 from torch import Tensor
@@ -76,21 +77,31 @@ def from_stored(stored: dict[str, Tensor]) -> QuantizedTensor:
     if codebook not in codebooks.CODEBOOKS or block_size not in BLOCK_SIZES or dtype not in FLOATS:
         raise ValueError(f"stored: unknown quant_type, blocksize or dtype in {facts}")
 
-    scales = stored[".absmax"]
-    if "nested_offset" in facts:
+    count = math.prod(shape)
+    blocks = -(-count // block_size)
+    packed = stored[""].flatten().view(torch.uint8)
+    _check_tensor("packed codes", packed, torch.uint8, (count + 1) // 2)
+    levels, _, _ = codebooks.table(codebook, packed.device)
+    if not torch.equal(stored.get(".quant_map", levels), levels):
+        raise ValueError(f"stored: .quant_map does not hold the levels of {codebook}")
+    if "nested_offset" not in facts:
+        scales = stored[".absmax"]
+        _check_tensor(".absmax", scales, torch.float32, blocks)
+    else:
         if ".nested_absmax" not in stored or facts.get("nested_blocksize") != double_quantization.BLOCK_SIZE:
             raise ValueError(
                 "stored: double-quantized scales need .nested_absmax and a nested_blocksize of 256"
             )
-        offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=scales.device)
-        scales = QuantizedScales(scales, stored[".nested_absmax"], offset)
-    packed = stored[""].view(torch.uint8).flatten()
-    quantized = QuantizedTensor(packed, scales, codebook, block_size, shape, dtype)
+        codes, absmax = stored[".absmax"], stored[".nested_absmax"]
+        _check_tensor(".absmax", codes, torch.uint8, blocks)
+        _check_tensor(".nested_absmax", absmax, torch.float32, -(-blocks // double_quantization.BLOCK_SIZE))
+        offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=codes.device)
+        scales = QuantizedScales(codes, absmax, offset)
+    return QuantizedTensor(packed, scales, codebook, block_size, shape, dtype)
 
-    blocks = -(-quantized.numel // block_size)
-    if packed.numel() != (quantized.numel + 1) // 2 or stored[".absmax"].numel() != blocks:
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, count: int) -> None:
+    if tensor.dtype != dtype or tensor.numel() != count:
         raise ValueError(
-            f"stored: shape {shape} in blocks of {block_size} needs {(quantized.numel + 1) // 2} bytes and {blocks} "
-            f"scales; got {packed.numel()} and {stored['.absmax'].numel()}"
+            f"stored: {name}: expected {count} of {dtype}; got {tensor.numel()} of {tensor.dtype}"
         )
-    return quantized

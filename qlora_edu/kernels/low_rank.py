@@ -35,15 +35,18 @@ class _LinearWithUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, base, scaling):
         rows = x.reshape(-1, x.shape[-1])  # (m, in)
-        y = torch.nn.functional.linear(rows, _weight(base, x.dtype), base.bias)  # (m, out)
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        y = torch.nn.functional.linear(rows, _weight(base, x.dtype), bias)  # (m, out)
         h = rows @ lora_a.to(x.dtype).T  # (m, r)
         y.addmm_(h, lora_b.to(x.dtype).T, alpha=scaling)
         ctx.base, ctx.scaling = base, scaling
         ctx.save_for_backward(rows, h, lora_a, lora_b)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx, grad_y):
+        if torch.is_grad_enabled():  # by create_graph=True
+            raise RuntimeError("backward: no second derivatives here; compute_dtype=None has them")
         rows, h, lora_a, lora_b = ctx.saved_tensors
         g = grad_y.reshape(-1, grad_y.shape[-1])  # (m, out)
         gh = g @ lora_b.to(g.dtype)  # (m, r)
@@ -52,7 +55,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = g @ _weight(ctx.base, g.dtype)  # (m, in)
             grad_x.addmm_(gh, lora_a.to(g.dtype))
-            grad_x = grad_x.view(*grad_y.shape[:-1], -1)
+            grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
         grad_a = (gh.T @ rows).to(lora_a.dtype)
         grad_b = (g.T @ h).to(lora_b.dtype) * ctx.scaling
         return grad_x, grad_a, grad_b, None, None

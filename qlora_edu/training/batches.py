@@ -1,7 +1,7 @@
 """From examples to the batches of each step.
 
 A prompt and its answer become one row of tokens. Only the answer's tokens are scored: the label of every other
-position is IGNORE. Rows of similar length share a batch, so that little is spent on padding.
+position is IGNORE.
 """
 
 import random
@@ -98,8 +98,7 @@ def data_hash(rows: Sequence[Encoded]) -> str:
 def steps(rows: Sequence[Encoded], batch_size: int, count: int, seed: int) -> list[list[Encoded]]:
     """Which rows each of `count` steps sees: a pure function of its arguments, so that a run can be resumed.
 
-    The rows are drawn in random order, each once before any comes again. Within stretches of 16 batches they are
-    sorted by length and cut into batches, which are shuffled again.
+    The rows are drawn in random order, each once before any comes again.
 
     Raises:
         ValueError: if there are no rows, or batch_size or count is less than 1.
@@ -112,11 +111,4 @@ def steps(rows: Sequence[Encoded], batch_size: int, count: int, seed: int) -> li
     drawn: list[Encoded] = []
     while len(drawn) < batch_size * count:
         drawn += order.sample(list(rows), len(rows))
-    drawn = drawn[: batch_size * count]
-    result = []
-    stretch = 16 * batch_size
-    for start in range(0, len(drawn), stretch):
-        similar = sorted(drawn[start : start + stretch], key=len)
-        batches = [similar[i : i + batch_size] for i in range(0, len(similar), batch_size)]
-        result += order.sample(batches, len(batches))
-    return result
+    return [drawn[i * batch_size : (i + 1) * batch_size] for i in range(count)]
