@@ -89,3 +89,26 @@ def show(figure: Figure, caption: str, alt: str | None = None) -> None:
     display(Image(png(figure), format="png", width=width, alt=(alt or caption).strip()))
     display(Markdown(f"*{caption.strip()}*"))
     plt.close(figure)
+
+
+def stacked_bars(rows: dict[str, dict[str, float]], xlabel: str, total: str = "{:,.0f}") -> Figure:
+    """One horizontal bar for each row, cut into named parts, with its total at the end.
+
+    rows: {"LoRA": {"weights": 212.3, "adapter": 9.8}, ...}, drawn from the top. A part has one colour in all rows.
+    total: how the sum at the end of a bar is written.
+    """
+    parts = list(dict.fromkeys(part for sizes in rows.values() for part in sizes))
+    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.55 * len(rows)))
+    for row, sizes in enumerate(rows.values()):
+        left = 0.0
+        for part, size in sizes.items():
+            axes.barh(row, size, left=left, color=PALETTE[parts.index(part) % len(PALETTE)])
+            left += size
+        axes.annotate(total.format(left), (left, row), xytext=(4, 0), textcoords="offset points", va="center")
+    axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel=xlabel)
+    axes.set_xlim(0, 1.13 * max(sum(sizes.values()) for sizes in rows.values()))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=PALETTE[i % len(PALETTE)]) for i in range(len(parts))]
+    figure.legend(handles, parts, loc="outside upper right", ncols=len(parts))
+    return figure

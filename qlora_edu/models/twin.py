@@ -40,6 +40,8 @@ def tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+        # transformers starts the row of the padding token at zero. It ends answers too, and must be learnable.
+        model.model.embed_tokens.weight.data[config.pad_token_id].normal_(std=config.initializer_range)
     for (
         parameter
     ) in model.parameters():  # not model.to(dtype): the rotary frequencies stay fp32, as in a loaded model

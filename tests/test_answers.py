@@ -1,0 +1,68 @@
+"""What the model answers, against transformers' own generation and the definition of greedy decoding."""
+
+import pytest
+import torch
+
+from qlora_edu import answers, models, qlora, tasks, training
+from qlora_edu.training import Encoded
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny model that has learned four examples by heart, and those examples."""
+    model, tokenizer = models.tiny()
+    torch.manual_seed(0)
+    qlora.add_qlora(model, r=16, alpha=32)
+    examples = tasks.tool_calls(n_train=4, n_eval=1).train
+    rows = training.encode_all(examples, tokenizer)
+    config = training.TrainConfig(steps=100, batch_size=4, learning_rate=1e-2)
+    training.train(model, rows, config, progress=False)
+    return model, tokenizer, examples, rows
+
+
+def test_an_answer_is_what_greedy_decoding_writes_one_by_one(trained):
+    model, tokenizer, examples, _ = trained
+    together = answers.generate(
+        model, tokenizer, [e.messages() for e in examples], max_new_tokens=40, batch_size=3
+    )
+    for example, answer in zip(examples, together, strict=True):
+        prompt = tokenizer.apply_chat_template(example.messages(), add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        written = []
+        with torch.no_grad():
+            for _ in range(40):
+                token = model.eval()(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax().item()
+                if token == tokenizer.eos_token_id:
+                    break
+                written.append(token)
+        assert tokenizer.decode(written) == answer
+
+
+def test_what_would_be_answered_exactly_is_what_is_answered_exactly(trained):
+    model, tokenizer, examples, rows = trained
+    said = answers.generate(model, tokenizer, [e.messages() for e in examples], max_new_tokens=120)
+    expected = [reply == example.answer for reply, example in zip(said, examples, strict=True)]
+    assert answers.would_answer_exactly(model, rows, batch_size=3) == expected
+    assert any(expected), "a model that knows nothing cannot tell a right verdict from a constant one"
+    spoiled = [Encoded(row.prompt, (*row.answer[:-2], row.answer[-2] ^ 1, row.answer[-1])) for row in rows]
+    assert answers.would_answer_exactly(model, spoiled) == [False] * 4
+
+
+def test_the_held_out_loss_is_that_of_transformers(trained):
+    model, _, _, rows = trained
+    batch = training.Batch.of(rows, pad_id=0)
+    with torch.no_grad():
+        theirs = model.eval()(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+        ).loss.item()
+    assert answers.held_out_loss(model, rows, batch_size=3) == pytest.approx(theirs, rel=1e-5)
+
+
+def test_the_mode_of_the_model_stays_as_it_was(trained):
+    model, tokenizer, examples, rows = trained
+    for training_mode in (True, False):
+        model.train(training_mode)
+        answers.answer_requests(model, tokenizer, examples[:1])
+        answers.would_answer_exactly(model, rows)
+        answers.held_out_loss(model, rows)
+        assert model.training is training_mode

@@ -1,0 +1,38 @@
+"""Measured bytes, against allocations of a known size."""
+
+import sys
+
+import pytest
+import torch
+
+from qlora_edu import memory
+
+
+def test_a_peak_is_seen_although_it_is_gone_at_the_end():
+    with memory.PeakMemory() as peak:
+        block = torch.ones(50_000_000)  # 200 MB
+        del block
+    assert 190e6 < peak.bytes - peak.before < 300e6
+
+
+def test_nothing_allocated_is_nothing_measured():
+    with memory.PeakMemory() as peak:
+        pass
+    assert peak.bytes - peak.before < 20e6
+
+
+def test_a_fresh_process_answers_with_a_dict():
+    result = memory.in_fresh_process("platform:python_version_tuple")
+    assert ".".join(result) == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_a_failure_in_a_fresh_process_is_told():
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        memory.in_fresh_process("operator:truediv", 1, 0)
+
+
+def test_rows_have_the_length_asked_for_and_score_all_but_the_first_token():
+    rows = memory.random_rows(3, 17, vocabulary=100)
+    assert [len(row) for row in rows] == [17] * 3
+    assert all(len(row.prompt) == 1 and max(row.answer) < 100 for row in rows)
+    assert len(set(rows)) == 3

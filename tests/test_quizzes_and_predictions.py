@@ -1,0 +1,103 @@
+"""Every question is whole; a prediction is kept, shown again, and never stops a run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qlora_edu import predictions, quizzes
+from qlora_edu.predictions import outcome, predict
+from qlora_edu.quizzes import questions, quiz
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+
+
+def test_every_question_has_an_explanation_for_each_choice():
+    assert len(questions()) >= 6
+    for question in questions().values():
+        assert len(question.choices) >= 3
+        assert question.choices.keys() == question.explanations.keys()
+        assert all(len(text) > 30 for text in question.explanations.values()), question.id
+
+
+def test_right_answers_do_not_always_stand_in_the_same_place():
+    assert len({question.right for question in questions().values()}) >= 3
+
+
+def test_every_question_is_asked_in_its_chapter():
+    for question in questions():
+        asking = [p for p in NOTEBOOKS if f'quiz(\\"{question}\\"' in p.read_text()]
+        assert [p.stem[:2] for p in asking] == [question[:2]], question
+
+
+def shown(monkeypatch, *arguments):
+    seen = []
+    monkeypatch.setattr(quizzes, "display", lambda content: seen.append(content.data))
+    quiz(*arguments)
+    return seen[0]
+
+
+def test_an_answer_is_judged(monkeypatch):
+    question = questions()["08-scored"]
+    assert question.text in shown(monkeypatch, "08-scored")
+    for letter in question.choices:
+        text = shown(monkeypatch, "08-scored", letter.upper())
+        assert question.explanations[letter] in text
+        assert text.startswith("**Right." if letter == question.right else "**Not quite.")
+
+
+@pytest.mark.parametrize("arguments", [("08-nothing",), ("08-scored", "z"), ("08-scored", 3)])
+def test_an_unknown_question_or_letter_is_named(arguments):
+    with pytest.raises(ValueError, match=re.escape(repr(arguments[-1]))):
+        quiz(*arguments)
+
+
+@pytest.fixture
+def progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_EDU_PROGRESS", str(tmp_path / "folder" / "progress.json"))
+    monkeypatch.delenv("QLORA_STATIC", raising=False)
+    return tmp_path / "folder" / "progress.json"
+
+
+def test_a_prediction_is_shown_beside_the_outcome(progress, capsys):
+    predict("x", 60, unit="%")
+    outcome("x", 88.5)
+    assert capsys.readouterr().out == "Written down: 60%.\nIt is 88.5%.\nYou predicted 60%.\n"
+    predict("x", 70, unit="%")
+    assert json.loads(progress.read_text()) == {"x": {"value": 70, "unit": "%"}}
+
+
+def test_no_prediction_is_fine(progress, capsys):
+    predict("y", ...)
+    outcome("y", 3, unit="MB")
+    assert capsys.readouterr().out.splitlines()[-1] == "It is 3 MB."
+    assert not progress.exists()
+
+
+def test_a_batch_run_leaves_no_trace(progress, monkeypatch, capsys):
+    monkeypatch.setenv("QLORA_STATIC", "1")
+    predict("x", 60)
+    outcome("x", 61)
+    assert "You predicted" not in capsys.readouterr().out
+    assert not progress.exists()
+
+
+def test_a_damaged_or_unwritable_file_stops_nothing(progress, monkeypatch, capsys):
+    progress.parent.mkdir()
+    progress.write_text("{")
+    predict("x", 60)
+    assert json.loads(progress.read_text())["x"]["value"] == 60
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(predictions, "write_whole", refuse)
+    predict("x", 61)
+    assert "could not be kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["60", None, True])
+def test_a_prediction_is_a_number(progress, value):
+    with pytest.raises(TypeError, match="expected a number"):
+        predict("x", value)
