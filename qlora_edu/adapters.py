@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from qlora_edu.lora import LoRALinear, add_lora, check_linear, check_options, lora_layers
+from qlora_edu.lora import LoRALinear, add_lora, check_options, lora_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -186,7 +186,8 @@ def _check_fit(model: nn.Module, config: dict, names: set[str], tensors: dict[st
                     f"the model has {(layer.r, layer.alpha, layer.rank_stabilized)}"
                 )
             layer = layer.base
-        check_linear(name, layer)
+        if not hasattr(layer, "in_features"):
+            raise ValueError(f"adapter: {name} is a {type(layer).__name__} in the model, no linear layer")
         shapes = {"lora_A": (config["r"], layer.in_features), "lora_B": (layer.out_features, config["r"])}
         for part, expected in shapes.items():
             tensor = tensors.get(f"{_PREFIX}{name}.{part}.weight")

@@ -201,13 +201,15 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def quantize_model(
     model: nn.Module,
-    compute_dtype: torch.dtype = torch.bfloat16,
+    compute_dtype: torch.dtype | None = None,
     block_size: int = 64,
     codebook: str = "nf4",
     double_quant: bool = True,
     skip: Sequence[str] = ("lm_head",),
 ) -> list[str]:
     """Put an `NF4Linear` in the place of each `nn.Linear` whose name does not end in one of `skip`, in place.
+
+    The layers compute in `compute_dtype`, by default in the dtype that their weights have now.
 
     Returns:
         The names of the layers that were quantized.
@@ -225,7 +227,9 @@ def quantize_model(
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.split(".")[-1] not in set(skip):
             try:
-                layers[name] = NF4Linear.of(module, compute_dtype, block_size, codebook, double_quant)
+                layers[name] = NF4Linear.of(
+                    module, compute_dtype or module.weight.dtype, block_size, codebook, double_quant
+                )
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: cannot be quantized. {error}") from error
     if not layers:

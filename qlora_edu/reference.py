@@ -28,11 +28,14 @@ from qlora_edu.models.convert import quiet_transformers
 def bitsandbytes() -> ModuleType:
     """The bitsandbytes module, with in-place repacking switched off for layers made from now on.
 
-    Its plain kernels go through `torch.compile`, which takes a C++ compiler and seconds for each new shape; if it has
-    not been imported yet, they are left as they are written.
+    Its plain kernels go through `torch.compile`, which takes a C++ compiler and seconds for each new shape. Here they
+    run as they are written, even if something else, such as PEFT, has imported bitsandbytes before.
     """
     with mock.patch.object(torch, "compile", lambda function=None, **_: function):
         import bitsandbytes as bnb
+        from bitsandbytes.backends.default import ops
+    for name, function in list(vars(ops).items()):
+        setattr(ops, name, getattr(function, "__wrapped__", function))
     bnb.nn.modules.has_avx512bf16 = lambda: False
     return bnb
 
