@@ -1,18 +1,20 @@
 """What a model answers, and whether it is right.
 
-`generate` lets the model write its answer token by token, as a user would see it. `would_answer_exactly` needs one
-forward pass: greedy decoding writes the right answer exactly when, fed with the right answer, the model would
-choose each of its tokens.
+`generate` lets the model write its answer token by token, as a user would see it. `grade` needs one forward pass:
+greedy decoding writes the right answer exactly when, fed with the right answer, the model would choose each of its
+tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from qlora_edu.tasks import SYSTEM_PROMPT, Example
 from qlora_edu.training.batches import IGNORE, Batch, Encoded
-from qlora_edu.training.loss import answer_loss, last_hidden
+from qlora_edu.training.loss import last_hidden
 
 
 @torch.no_grad()
@@ -69,34 +71,35 @@ def answer_requests(
     return generate(model, tokenizer, [example.messages(system) for example in examples])
 
 
+@dataclass(frozen=True)
+class Grades:
+    """How a model does on rows of tokens, without writing an answer.
+
+    Attributes:
+        exact: for each row, whether each token of its answer is the one that the model finds most likely.
+        loss: the mean of -log p over all answer tokens, in nats.
+    """
+
+    exact: list[bool]
+    loss: float
+
+
 @torch.no_grad()
-def would_answer_exactly(
-    model: nn.Module, rows: Sequence[Encoded], pad_id: int = 0, batch_size: int = 25
-) -> list[bool]:
-    """For each row, whether each token of its answer is the one that the model finds most likely."""
+def grade(model: nn.Module, rows: Sequence[Encoded], pad_id: int = 0, batch_size: int = 20) -> Grades:
+    """Feed the model requests with their right answers, and look at what it expected in the place of each token."""
     training = model.training
     model.eval()
-    right = []
+    output = model.get_output_embeddings().weight
+    exact, loss, scored = [], 0.0, 0
     for start in range(0, len(rows), batch_size):
         batch = Batch.of(rows[start : start + batch_size], pad_id).to(model.device)
-        chosen = batch.labels[:, 1:] != IGNORE
-        hidden = last_hidden(model, batch)[:, :-1]
-        guess = torch.full_like(batch.labels[:, 1:], IGNORE)
-        guess[chosen] = (hidden[chosen] @ model.get_output_embeddings().weight.T).argmax(dim=1)
-        right += (guess == batch.labels[:, 1:]).all(dim=1).tolist()
+        targets = batch.labels[:, 1:]
+        chosen = targets != IGNORE
+        logits = (last_hidden(model, batch)[:, :-1][chosen] @ output.T).float()  # (scored, vocabulary)
+        loss += F.cross_entropy(logits, targets[chosen], reduction="sum").item()
+        scored += len(logits)
+        right = torch.ones_like(chosen)
+        right[chosen] = logits.argmax(dim=1) == targets[chosen]
+        exact += right.all(dim=1).tolist()
     model.train(training)
-    return right
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, rows: Sequence[Encoded], pad_id: int = 0, batch_size: int = 25) -> float:
-    """The mean of -log p over all answer tokens of rows, in nats."""
-    training = model.training
-    model.eval()
-    batches = [
-        Batch.of(rows[i : i + batch_size], pad_id).to(model.device) for i in range(0, len(rows), batch_size)
-    ]
-    scored = sum(batch.scored for batch in batches)
-    loss = sum(answer_loss(model, batch, scored).item() for batch in batches)
-    model.train(training)
-    return loss
+    return Grades(exact, loss / scored)

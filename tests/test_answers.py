@@ -38,14 +38,14 @@ def test_an_answer_is_what_greedy_decoding_writes_one_by_one(trained):
         assert tokenizer.decode(written) == answer
 
 
-def test_what_would_be_answered_exactly_is_what_is_answered_exactly(trained):
+def test_what_is_graded_exact_is_what_is_answered_exactly(trained):
     model, tokenizer, examples, rows = trained
     said = answers.generate(model, tokenizer, [e.messages() for e in examples], max_new_tokens=120)
     expected = [reply == example.answer for reply, example in zip(said, examples, strict=True)]
-    assert answers.would_answer_exactly(model, rows, batch_size=3) == expected
+    assert answers.grade(model, rows, batch_size=3).exact == expected
     assert any(expected), "a model that knows nothing cannot tell a right verdict from a constant one"
     spoiled = [Encoded(row.prompt, (*row.answer[:-2], row.answer[-2] ^ 1, row.answer[-1])) for row in rows]
-    assert answers.would_answer_exactly(model, spoiled) == [False] * 4
+    assert answers.grade(model, spoiled).exact == [False] * 4
 
 
 def test_the_held_out_loss_is_that_of_transformers(trained):
@@ -55,7 +55,7 @@ def test_the_held_out_loss_is_that_of_transformers(trained):
         theirs = model.eval()(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
         ).loss.item()
-    assert answers.held_out_loss(model, rows, batch_size=3) == pytest.approx(theirs, rel=1e-5)
+    assert answers.grade(model, rows, batch_size=3).loss == pytest.approx(theirs, rel=1e-5)
 
 
 def test_the_mode_of_the_model_stays_as_it_was(trained):
@@ -63,6 +63,5 @@ def test_the_mode_of_the_model_stays_as_it_was(trained):
     for training_mode in (True, False):
         model.train(training_mode)
         answers.answer_requests(model, tokenizer, examples[:1])
-        answers.would_answer_exactly(model, rows)
-        answers.held_out_loss(model, rows)
+        answers.grade(model, rows)
         assert model.training is training_mode
