@@ -16,6 +16,7 @@ import time
 import warnings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 import torch  # noqa: E402

@@ -23,6 +23,7 @@ BATCH_ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "20000",
 }
 
 COLOUR_CODES = re.compile(r"\x1b\[[0-9;]*m")
