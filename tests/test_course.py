@@ -1,0 +1,49 @@
+"""The set-up cell, and the stacks that chapters and benchmark compare."""
+
+import pytest
+import torch
+
+from qlora_edu import course, doctor, lora, models, parity, reference, stacks
+
+
+def test_the_setup_cell_says_what_it_found(capsys):
+    device, dtype = course.begin()
+    said = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in said
+    assert str(dtype).removeprefix("torch.") in said
+    assert (device.type == "cuda") == torch.cuda.is_available()
+    assert dtype == models.pick_dtype(device)[0]
+    assert not reference.repacks_in_place() or "has_avx512bf16" in vars(reference.bitsandbytes().nn.modules)
+    assert reference.bitsandbytes().nn.modules.has_avx512bf16() is False
+
+
+@pytest.mark.parametrize(("many", "expected"), [(5e-3, 1), (1e-4, 2)])
+def test_threads_that_wait_for_busy_cores_are_not_used(monkeypatch, capsys, many, expected):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(doctor, "product_seconds", lambda threads: many if threads == 2 else 2e-4)
+    try:
+        course.begin()
+        assert torch.get_num_threads() == expected
+        assert ("slower on this machine" in capsys.readouterr().out) is (expected == 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_unknown_stack_is_named():
+    with pytest.raises(ValueError, match="expected one of course, libraries, lora16; got 'peft'"):
+        stacks.build("peft")
+
+
+def test_all_stacks_start_from_the_same_adapter_and_loss():
+    """As loaded, the two 4-bit stacks are one function and draw one adapter; `course` differs only in rounding."""
+    from qlora_edu import memory, training
+
+    batch = training.Batch.of(memory.random_rows(1, 12), 0)
+    built = {name: stacks.build(name) for name in ("course", "libraries")}
+    mine = next(iter(lora.lora_layers(built["course"].model).values())).lora_a
+    theirs = next(p for n, p in built["libraries"].model.named_parameters() if "lora_A" in n)
+    assert parity.differing(mine, theirs) == (8 * 576, 0)
+    with torch.no_grad():
+        losses = [stack.loss(stack.model.train(), batch, batch.scored).item() for stack in built.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
