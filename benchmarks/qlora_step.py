@@ -2,7 +2,7 @@
 
     python benchmarks/qlora_step.py [--rounds 7] [--threads 1]
 
-All three do the same steps on SmolLM2-135M: 4 rows of 256 tokens, every token scored, r = 8 on all linear layers, AdamW.
+All three do the same steps on SmolLM2-135M: 4 rows of 256 tokens, all scored, r = 8 on all linear layers, AdamW.
 They take turns in one process, so that a busy machine slows all of them; the ratio is taken within each round. Peak
 memory is measured in a fresh process for each. The losses are printed: a fast step that computes something else
 would show there.
