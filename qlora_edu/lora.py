@@ -34,8 +34,9 @@ class LoRALinear(nn.Module):
         alpha: numerator of the scaling.
         dropout: probability with which an entry of the update's input is dropped in training.
         rank_stabilized: divide by sqrt(r) instead of r.
-        compute_dtype: None computes the update in float32, as PEFT does. A 16-bit dtype keeps the parameters in
-            float32 but computes in that dtype, in one fused step (`kernels.low_rank`).
+        compute_dtype: None computes the update in float32, as PEFT does. A dtype keeps the parameters in float32 but
+            computes in that dtype, in one fused step (`kernels.low_rank`), where the input has it and there is no
+            dropout.
 
     Raises:
         TypeError: if `base` is no linear layer.
@@ -58,6 +59,8 @@ class LoRALinear(nn.Module):
         self.r, self.alpha, self.rank_stabilized = r, alpha, rank_stabilized
         self.scaling = alpha / math.sqrt(r) if rank_stabilized else alpha / r
         self.dropout = nn.Dropout(dropout)
+        if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
+            raise TypeError(f"compute_dtype: expected a torch.dtype or None; got {compute_dtype!r}")
         self.compute_dtype = compute_dtype
         self.enabled, self.merged = True, False
 

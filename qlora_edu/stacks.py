@@ -33,8 +33,10 @@ class Stack:
     loss: Callable[[nn.Module, Batch, int], Tensor]
 
 
-def build(name: str, r: int = 8, alpha: int = 16, seed: int = 0) -> Stack:
-    """One of NAMES, on SmolLM2-135M with bfloat16 compute.
+def build(
+    name: str, r: int = 8, alpha: int = 16, seed: int = 0, dtype: torch.dtype = torch.bfloat16, device="cpu"
+) -> Stack:
+    """One of NAMES, on SmolLM2-135M, computing in `dtype`.
 
     Raises:
         ValueError: for an unknown name.
@@ -42,12 +44,12 @@ def build(name: str, r: int = 8, alpha: int = 16, seed: int = 0) -> Stack:
     if name not in NAMES:
         raise ValueError(f"name: expected one of {', '.join(NAMES)}; got {name!r}")
     if name == "libraries":
-        model = reference.load_4bit(models.fetch())
+        model = reference.load_4bit(models.fetch(), compute_dtype=dtype, device=str(device))
     else:
-        model, _ = models.load(dtype=torch.bfloat16)
+        model, _ = models.load(dtype=dtype, device=device)
     torch.manual_seed(seed)
     if name == "course":
-        qlora.add_qlora(model, r=r, alpha=alpha, compute_dtype=torch.bfloat16)
+        qlora.add_qlora(model, r=r, alpha=alpha, compute_dtype=dtype)
         return Stack(name, model, answer_loss)
     return Stack(name, with_peft(model, r, alpha), library_loss)
 

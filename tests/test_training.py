@@ -128,6 +128,7 @@ def test_the_loss_is_that_of_transformers(rows):
 
 def test_the_loss_by_definition():
     model, tokenizer = models.tiny()
+    model.requires_grad_(False)
     batch = some_batch(tokenizer, 2)
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.double()
@@ -143,6 +144,7 @@ def test_the_loss_by_definition():
 
 def test_padding_changes_nothing():
     model, tokenizer = models.tiny()
+    model.requires_grad_(False)
     batch = some_batch(tokenizer, 2)
     longer = Batch(
         F.pad(batch.input_ids, (0, 7), value=5),
@@ -302,6 +304,31 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert second.resumed_from == 12
     assert second.losses == first.losses
     assert same(adapters(model), adapters(again))
+
+
+def test_a_trained_output_layer_is_refused_because_its_gradient_would_be_missing():
+    model, tokenizer = models.tiny()
+    rows = training.encode_all(tasks.tool_calls(n_train=4, n_eval=1).train, tokenizer)
+    with pytest.raises(ValueError, match="output layer must be frozen"):
+        train(model, rows, config(steps=1), progress=False)
+    before = model.model.embed_tokens.weight.clone()
+    train(model, rows, config(steps=1), loss=library_loss, progress=False)
+    assert not torch.equal(before, model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    "options", [{"r": 3}, {"alpha": 64}, {"dropout": 0.2}, {"compute_dtype": torch.bfloat16}]
+)
+def test_another_adapter_is_not_continued(tmp_path, options):
+    for changes in ({}, options):
+        model, tokenizer = models.tiny(dtype=torch.bfloat16)
+        rows = training.encode_all(tasks.tool_calls(n_train=8, n_eval=1).train, tokenizer)
+        lora.add_lora(model, **{"r": 4, "alpha": 8, **changes})
+        if changes:
+            with pytest.raises(training.CheckpointError, match="another adapter"):
+                train(model, rows, config(steps=3), folder=tmp_path, progress=False)
+        else:
+            train(model, rows, config(steps=3), folder=tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("change", ["config", "data", "base"])

@@ -100,6 +100,9 @@ def restore(folder: Path, model: nn.Module, optimizer, identity: dict) -> Progre
     changed = [key for key in identity if facts["identity"].get(key) != identity[key]]
     if changed:
         was, now = facts["identity"].get(changed[0]), identity[changed[0]]
+        if isinstance(was, dict) and isinstance(now, dict):  # name only what differs
+            was = {key: value for key, value in was.items() if now.get(key) != value}
+            now = {key: now.get(key) for key in was}
         raise CheckpointError(
             f"this folder holds a run with another {', '.join(changed)} ({changed[0]} was {was!r}, is {now!r}). "
             "Resume it with the old settings, or choose another folder."

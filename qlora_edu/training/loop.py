@@ -30,7 +30,7 @@ from qlora_edu.training.schedule import cosine_with_warmup
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides a run, besides the model and the data.
+    """Everything that decides a run, besides the model, the data and the loss.
 
     Attributes:
         steps: optimizer steps.
@@ -38,6 +38,7 @@ class TrainConfig:
         micro_batch_size: examples that go through the model together; gradients are accumulated over the rest.
             None means all of them.
         learning_rate: at its peak. warmup: share of the steps in which it rises; it falls as a cosine.
+        weight_decay: AdamW's, by which parameters shrink a little in each step.
         max_grad_norm: gradients are scaled down to this length, all parameters taken together.
         gradient_checkpointing: recompute activations in the backward pass instead of keeping them.
         checkpoint_every: steps between two checkpoints, if a folder is given.
@@ -71,7 +72,7 @@ class TrainConfig:
 
 @dataclass
 class Run:
-    """What a run did. Losses are nats a scored token, one for each step; seconds are of each step."""
+    """What a run did: for each step the loss (nats a scored token) and the seconds; all tokens, prompts included."""
 
     losses: list[float]
     seconds: list[float]
@@ -106,8 +107,9 @@ def train(
         notes: further facts for the run card.
 
     Returns:
-        A Run. Interrupted (Ctrl-C, or "stop" in Jupyter), it finishes the step, writes a checkpoint, and raises
-        KeyboardInterrupt; a second interrupt does not wait.
+        A Run. Interrupted (Ctrl-C, or "stop" in Jupyter), it finishes the step, writes a checkpoint if there is a
+        folder, and raises KeyboardInterrupt; a second interrupt does not wait. Called again without a folder, it
+        trains the same adapter further, with a new optimizer.
 
     Raises:
         ValueError: if nothing is trainable. CheckpointError: if the folder holds another run.
@@ -122,7 +124,13 @@ def train(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False
     )
     plan = steps(rows, config.batch_size, config.steps, config.seed)
-    identity = {"config": asdict(config), "data": data_hash(rows), "base": checkpoint.base_hash(model)}
+    identity = {
+        "config": asdict(config),
+        "adapter": _adapter_settings(model),
+        "loss": getattr(loss, "__name__", str(loss)),
+        "data": data_hash(rows),
+        "base": checkpoint.base_hash(model),
+    }
     torch.manual_seed(config.seed)
     done = checkpoint.Progress(0, [], [])
     if folder is not None:
@@ -187,6 +195,19 @@ def _step(model, rows, optimizer, parameters, step, config, loss, pad_id) -> flo
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def _adapter_settings(model: nn.Module) -> list[str]:
+    """What decides an adapter besides its numbers, once for each kind of layer."""
+    if hasattr(model, "peft_config"):
+        return sorted(
+            str((c.r, c.lora_alpha, c.lora_dropout, c.use_rslora)) for c in model.peft_config.values()
+        )
+    kinds = {
+        (layer.r, layer.alpha, layer.dropout.p, layer.rank_stabilized, str(layer.compute_dtype))
+        for layer in lora_layers(model).values()
+    }
+    return sorted(map(str, kinds))
 
 
 def _set_checkpointing(model: nn.Module, wanted: bool) -> None:

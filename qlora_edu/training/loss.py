@@ -30,11 +30,20 @@ def answer_loss(model: nn.Module, batch: Batch, scored: int) -> Tensor:
     Args:
         model: a transformers causal language model.
         scored: scored tokens of the whole step, which may consist of several batches.
+
+    Raises:
+        ValueError: if the output layer is trained, or has a bias.
     """
+    output = model.get_output_embeddings()
+    if output.weight.requires_grad or getattr(output, "bias", None) is not None:
+        raise ValueError(
+            "model: the output layer must be frozen and have no bias; call qlora.add_qlora or lora.add_lora first, "
+            "or train with loss=library_loss"
+        )
     hidden = last_hidden(model, batch)[:, :-1]  # position t predicts token t + 1
     targets = batch.labels[:, 1:]
     chosen = targets != IGNORE
-    return _CrossEntropy.apply(hidden[chosen], model.get_output_embeddings().weight, targets[chosen], scored)
+    return _CrossEntropy.apply(hidden[chosen], output.weight, targets[chosen], scored)
 
 
 def last_hidden(model: nn.Module, batch: Batch) -> Tensor:
