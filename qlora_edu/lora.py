@@ -54,13 +54,11 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         check_linear("base", base)
-        check_options(r, alpha, dropout)
+        check_options(r, alpha, dropout, compute_dtype)
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.rank_stabilized = r, alpha, rank_stabilized
         self.scaling = alpha / math.sqrt(r) if rank_stabilized else alpha / r
         self.dropout = nn.Dropout(dropout)
-        if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
-            raise TypeError(f"compute_dtype: expected a torch.dtype or None; got {compute_dtype!r}")
         self.compute_dtype = compute_dtype
         self.enabled, self.merged = True, False
 
@@ -143,8 +141,10 @@ def check_linear(name: str, layer: nn.Module) -> None:
         )
 
 
-def check_options(r: int, alpha: float, dropout: float) -> None:
-    """Raise a ValueError unless these are a rank, a scaling and a probability. Arguments as in `LoRALinear`."""
+def check_options(r: int, alpha: float, dropout: float, compute_dtype: torch.dtype | None = None) -> None:
+    """Raise unless these are a rank, a scaling, a probability and a dtype or None. Arguments as in `LoRALinear`."""
+    if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
+        raise TypeError(f"compute_dtype: expected a torch.dtype or None; got {compute_dtype!r}")
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r: expected a whole number of at least 1; got {r!r}")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):

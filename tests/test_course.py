@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qlora_edu import course, doctor, lora, models, parity, reference, stacks
+from qlora_edu import course, doctor, lora, models, parity, qlora, reference, stacks
 
 
 def test_the_setup_cell_says_what_it_found(capsys):
@@ -13,7 +13,6 @@ def test_the_setup_cell_says_what_it_found(capsys):
     assert str(dtype).removeprefix("torch.") in said
     assert (device.type == "cuda") == torch.cuda.is_available()
     assert dtype == models.pick_dtype(device)[0]
-    assert not reference.repacks_in_place() or "has_avx512bf16" in vars(reference.bitsandbytes().nn.modules)
     assert reference.bitsandbytes().nn.modules.has_avx512bf16() is False
 
 
@@ -47,3 +46,10 @@ def test_all_stacks_start_from_the_same_adapter_and_loss():
     with torch.no_grad():
         losses = [stack.loss(stack.model.train(), batch, batch.scored).item() for stack in built.values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_wrong_dtype_is_refused_before_anything_is_quantized():
+    model, _ = models.tiny()
+    with pytest.raises(TypeError, match=r"compute_dtype: expected .* got 'bfloat16'"):
+        qlora.add_qlora(model, compute_dtype="bfloat16")
+    assert not any(isinstance(module, qlora.NF4Linear) for module in model.modules())

@@ -296,12 +296,13 @@ def test_a_failed_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_finished_run_is_not_run_again(tmp_path):
+@pytest.mark.parametrize("count", [6, 4])  # 4 is no multiple of checkpoint_every
+def test_a_finished_run_is_not_run_again(tmp_path, count):
     model, rows = ingredients()
-    first = train(model, rows, config(), folder=tmp_path, progress=False)
+    first = train(model, rows, config(steps=count), folder=tmp_path, progress=False)
     again, rows = ingredients()
-    second = train(again, rows, config(), folder=tmp_path, progress=False)
-    assert second.resumed_from == 12
+    second = train(again, rows, config(steps=count), folder=tmp_path, progress=False)
+    assert second.resumed_from == count
     assert second.losses == first.losses
     assert same(adapters(model), adapters(again))
 

@@ -63,7 +63,7 @@ def add_qlora(
     Arguments, result and errors are those of `lora.add_lora`; where that would refuse, nothing is quantized either.
     """
     find_targets(model, targets)
-    check_options(r, alpha, dropout)
+    check_options(r, alpha, dropout, compute_dtype)
     quantize_model(model)
     return add_lora(model, r, alpha, dropout, targets, rank_stabilized, compute_dtype)
 

@@ -155,7 +155,9 @@ def train(
             if after_step is not None:
                 after_step(done.step, value)
             stopping = bool(interrupted)
-            if folder is not None and (stopping or done.step % config.checkpoint_every == 0):
+            if folder is not None and (
+                stopping or done.step % config.checkpoint_every == 0 or done.step == config.steps
+            ):
                 checkpoint.save(
                     folder, model, optimizer, done, identity, lambda at: _write_adapter(model, at)
                 )
