@@ -134,7 +134,9 @@ def load_adapter(
 ) -> nn.Module:
     """Load an adapter that was saved here or by PEFT. Returns the model.
 
-    A model without LoRA layers gets them, as the config says; one that has them must have the same.
+    A model without LoRA layers gets them, as the config says; one that has them must have the same. The base stays
+    as it is: an adapter that was trained on a 4-bit base belongs on one (`qlora.quantize_model` first). On the 16-bit
+    base it works too, and answers a little differently.
 
     Raises:
         FileNotFoundError: if the folder holds no adapter.

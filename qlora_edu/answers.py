@@ -33,7 +33,15 @@ def generate(
 
     Returns:
         One string for each chat, in their order.
+
+    Raises:
+        TypeError: if a chat is no list of messages.
     """
+    for chat in chats:
+        if isinstance(chat, (str, dict)) or not all(isinstance(message, dict) for message in chat):
+            raise TypeError(
+                f'chats: expected lists of messages such as [{{"role": "user", "content": "Hello"}}]; got {chat!r:.60}'
+            )
     training = model.training
     model.eval()
     prompts = [
@@ -67,7 +75,17 @@ def generate(
 def answer_requests(
     model: nn.Module, tokenizer, examples: Sequence[Example], system: str = SYSTEM_PROMPT
 ) -> list[str]:
-    """`generate` for the requests of examples."""
+    """`generate` for the requests of examples.
+
+    Raises:
+        TypeError: if one is no `Example`; for text of your own, use `generate`.
+    """
+    for example in examples:
+        if not isinstance(example, Example):
+            kind = type(example).__name__
+            raise TypeError(
+                f"examples: expected tasks.Example; got {kind}. For text of your own, use generate()."
+            )
     return generate(model, tokenizer, [example.messages(system) for example in examples])
 
 

@@ -15,9 +15,9 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-#: Where NF4 cuts off the tails of the normal distribution. Cutting at 1 would give an infinite level, so the largest
-#: level sits halfway between the last quantile of a 15-level and of a 16-level grid: 1 - (1/32 + 1/30) / 2, which
-#: was released with seven digits.
+#: Where NF4 cuts off the tails of the normal distribution. Cutting at 1 would give an infinite level, so the
+#: largest probability is the mean of 1 - 1/32 and 1 - 1/30, the centres of the last bin when [0, 1] is cut into 16
+#: and into 15 equal bins. It was released with seven digits.
 NF4_OFFSET = round(1 - (1 / 32 + 1 / 30) / 2, 7)
 
 
@@ -50,7 +50,7 @@ def fp4() -> Tensor:
     """The 16 values of bitsandbytes' 4-bit float, by code: one sign bit, two exponent bits `e`, one mantissa bit `m`.
 
     The value is (1 + m/2) * 2**(4 - e), or m * 2**-4 where e = 0, divided by the largest, 12. The exponent counts
-    *down*, so codes are not in order of value, and both signs of zero come back as +0.
+    *down*, so codes are not in order of value, and the two zeros, codes 0 and 8, are both +0 here.
 
     Returns:
         float32 tensor of shape (16,), in the order of the codes.

@@ -1,4 +1,4 @@
-"""Says in ten lines what this machine is, whether the course can run on it, and what to do where it cannot.
+"""Says in ten lines, and a verdict, what this machine is, whether the course can run, and what to do if not.
 
     python -m qlora_edu.doctor            (with --fetch it fetches the model first, where it is not ready)
 
@@ -186,8 +186,8 @@ def model() -> Verdict:
 
 def bitsandbytes() -> Verdict:
     if needed("bitsandbytes.functional").has_avx512bf16():
-        return OK, "on this CPU it would repack weights in evaluation: handled by qlora_edu.reference", ""
-    return OK, "has no AVX512-BF16 path to take on this CPU", ""
+        return OK, "one faulty fast path for this CPU is switched off (qlora_edu/reference.py says why)", ""
+    return OK, "nothing to switch off on this CPU", ""
 
 
 EXAMINATIONS = (python, packages, processor, threads, gpu, dtype, memory, disk, model, bitsandbytes)

@@ -65,3 +65,18 @@ def test_the_mode_of_the_model_stays_as_it_was(trained):
         answers.answer_requests(model, tokenizer, examples[:1])
         answers.grade(model, rows)
         assert model.training is training_mode
+
+
+@pytest.mark.parametrize("chats", [["Hello"], [{"role": "user", "content": "Hello"}], [["Hello"]]])
+def test_a_chat_is_a_list_of_messages(trained, chats):
+    model, tokenizer, *_ = trained
+    with pytest.raises(TypeError, match="chats: expected lists of messages"):
+        answers.generate(model, tokenizer, chats)
+
+
+def test_plain_text_is_no_example(trained):
+    model, tokenizer, *_ = trained
+    with pytest.raises(TypeError, match=r"generate\(\)"):
+        answers.answer_requests(model, tokenizer, ["Turn the lights on"])
+    with pytest.raises(TypeError, match=r"expected a tasks\.Example; got str"):
+        training.encode("Turn the lights on", tokenizer)

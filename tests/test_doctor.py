@@ -229,9 +229,7 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch):
     assert "NVIDIA driver" in found.text
 
 
-@pytest.mark.parametrize(
-    ("repacks", "says"), [(True, "handled by qlora_edu.reference"), (False, "no AVX512-BF16")]
-)
+@pytest.mark.parametrize(("repacks", "says"), [(True, "is switched off"), (False, "nothing to switch off")])
 def test_the_trap_in_bitsandbytes_is_named(monkeypatch, repacks, says):
     import bitsandbytes.functional
 

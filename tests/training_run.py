@@ -1,4 +1,7 @@
-"""A small training run as a program of its own, so that a test can kill it. Prints each step that is done."""
+"""A small training run as a program of its own, so that a test can kill it. Prints each step that is done.
+
+python training_run.py FOLDER STEP: goes on for at most one step after STEP, then waits for its fate.
+"""
 
 import sys
 
@@ -19,10 +22,13 @@ def config(**changes) -> training.TrainConfig:
     return training.TrainConfig(**{"steps": 12, "batch_size": 4, "checkpoint_every": 3, **changes})
 
 
+def report(step: int, loss: float) -> None:
+    print(step, flush=True)
+    if step > int(sys.argv[2]):
+        sys.stdin.readline()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     model, rows = ingredients(dropout=0.1)
-    training.train(
-        model, rows, config(), folder=sys.argv[1], progress=False,
-        after_step=lambda step, loss: print(step, flush=True),
-    )  # fmt: skip
+    training.train(model, rows, config(), folder=sys.argv[1], progress=False, after_step=report)

@@ -4,7 +4,7 @@
     backward  dx = dy decode(packed)          decoded once more
 
 What autograd keeps of a layer decides whether 4 bits save anything: `NF4Linear` keeps the packed codes, which it has
-anyway. A layer that writes `F.linear(x, decode(packed))` would keep the decoded weight, four times the size.
+anyway. A layer that writes `F.linear(x, decode(packed))` would keep the decoded weight, nearly four times the size.
 """
 
 import torch

@@ -58,7 +58,12 @@ class Batch:
 
     @classmethod
     def of(cls, rows: Sequence[Encoded], pad_id: int) -> "Batch":
-        """Put rows together."""
+        """Put rows together.
+
+        Raises:
+            TypeError: if a row is no `Encoded`.
+        """
+        check_encoded(rows)
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), pad_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -70,12 +75,25 @@ class Batch:
         return cls(input_ids, attention_mask, labels)
 
 
+def check_encoded(rows: Sequence[Encoded]) -> None:
+    """TypeError unless all rows are `Encoded`."""
+    for row in rows:
+        if not isinstance(row, Encoded):
+            kind = type(row).__name__
+            raise TypeError(
+                f"rows: expected encoded examples; got {kind}. Use encode_all(examples, tokenizer)."
+            )
+
+
 def encode(example: Example, tokenizer, system: str = SYSTEM_PROMPT) -> Encoded:
     """Tokens of an example in the tokenizer's chat format. The end-of-sequence token belongs to the answer.
 
     Raises:
+        TypeError: if `example` is no `Example`.
         ValueError: if the tokenizer has no chat template.
     """
+    if not isinstance(example, Example):
+        raise TypeError(f"example: expected a tasks.Example; got {type(example).__name__}")
     if tokenizer.chat_template is None:
         raise ValueError("tokenizer: has no chat template; use that of an instruction-tuned model")
     messages = example.messages(system)
@@ -101,12 +119,14 @@ def steps(rows: Sequence[Encoded], batch_size: int, count: int, seed: int) -> li
     The rows are drawn in random order, each once before any comes again.
 
     Raises:
+        TypeError: if a row is no `Encoded`.
         ValueError: if there are no rows, or batch_size or count is less than 1.
     """
     if not rows or batch_size < 1 or count < 1:
         raise ValueError(
             f"expected rows, batch_size >= 1 and count >= 1; got {len(rows)} rows, {batch_size=}, {count=}"
         )
+    check_encoded(rows)
     order = random.Random(seed)
     drawn: list[Encoded] = []
     while len(drawn) < batch_size * count:
