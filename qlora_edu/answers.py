@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qlora_edu.tasks import SYSTEM_PROMPT, Example
-from qlora_edu.training.batches import IGNORE, Batch, Encoded
+from qlora_edu.training.batches import IGNORE, Batch, Encoded, check_encoded
 from qlora_edu.training.loss import last_hidden
 
 
@@ -38,7 +38,9 @@ def generate(
         TypeError: if a chat is no list of messages.
     """
     for chat in chats:
-        if isinstance(chat, (str, dict)) or not all(isinstance(message, dict) for message in chat):
+        if isinstance(chat, (str, dict)) or not all(
+            isinstance(message, dict) and message.keys() >= {"role", "content"} for message in chat
+        ):
             raise TypeError(
                 f'chats: expected lists of messages such as [{{"role": "user", "content": "Hello"}}]; got {chat!r:.60}'
             )
@@ -104,7 +106,14 @@ class Grades:
 
 @torch.no_grad()
 def grade(model: nn.Module, rows: Sequence[Encoded], pad_id: int = 0, batch_size: int = 20) -> Grades:
-    """Feed the model requests with their right answers, and look at what it expected in the place of each token."""
+    """Feed the model requests with their right answers, and look at what it expected in the place of each token.
+
+    Raises:
+        TypeError: if a row is not encoded. ValueError: if there is none.
+    """
+    check_encoded(rows)
+    if not rows:
+        raise ValueError("rows: expected at least one; got none")
     training = model.training
     model.eval()
     output = model.get_output_embeddings().weight

@@ -86,9 +86,13 @@ def _check(weight: Tensor, block_size: int) -> None:
 def pack(codes: Tensor) -> Tensor:
     """Two 4-bit codes to a byte, the first in the high nibble. codes: uint8 (n,), n even. Returns uint8 (n / 2,).
 
+    Raises ValueError for an odd number of codes.
+
     >>> [hex(byte) for byte in pack(torch.tensor([1, 2, 15, 7], dtype=torch.uint8)).tolist()]
     ['0x12', '0xf7']
     """
+    if codes.numel() % 2:
+        raise ValueError(f"codes: expected an even number; got {codes.numel()}. Append one code first.")
     return (codes[::2] << 4) | codes[1::2]
 
 

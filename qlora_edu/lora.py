@@ -145,6 +145,8 @@ def check_options(r: int, alpha: float, dropout: float, compute_dtype: torch.dty
     """Raise unless these are a rank, a scaling, a probability and a dtype or None. Arguments as in `LoRALinear`."""
     if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
         raise TypeError(f"compute_dtype: expected a torch.dtype or None; got {compute_dtype!r}")
+    if compute_dtype is not None and not compute_dtype.is_floating_point:
+        raise ValueError(f"compute_dtype: expected a floating-point dtype or None; got {compute_dtype}")
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r: expected a whole number of at least 1; got {r!r}")
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):

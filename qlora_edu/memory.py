@@ -68,7 +68,7 @@ def peak_of_step(stack: str, rows: int = 4, length: int = 256, checkpointing: bo
     """Resident memory around one training step of a `stacks.Stack`: meant for `in_fresh_process`.
 
     Returns:
-        "loaded": bytes once the model stands; "peak": the largest of one whole step after a first one.
+        "loaded": bytes once the model stands; "peak": the largest while two steps ran.
     """
     import torch
 

@@ -80,3 +80,13 @@ def test_plain_text_is_no_example(trained):
         answers.answer_requests(model, tokenizer, ["Turn the lights on"])
     with pytest.raises(TypeError, match=r"expected a tasks\.Example; got str"):
         training.encode("Turn the lights on", tokenizer)
+
+
+def test_nothing_to_grade_and_swapped_arguments_are_named(trained):
+    model, _, examples, _ = trained
+    with pytest.raises(ValueError, match="rows: expected at least one"):
+        answers.grade(model, [])
+    with pytest.raises(TypeError, match="encode_all"):
+        answers.grade(model, examples)
+    with pytest.raises(TypeError, match="in this order"):
+        tasks.is_exact(examples[0], "tool: set_alarm")

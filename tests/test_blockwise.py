@@ -247,3 +247,8 @@ def test_whole_blocks_are_multiplied_by_the_inverse_and_the_short_last_one_divid
         assert blockwise.unpack(quantize(whole).packed)[0] == multiplied[i, j]
         assert blockwise.unpack(quantize(short).packed)[0] == divided[i, j]
         assert row("", *_pairs(whole, 64, "nf4", False), *_pairs(short, 64, "nf4", False)).mismatches == 0
+
+
+def test_an_odd_number_of_codes_is_not_packed():
+    with pytest.raises(ValueError, match="codes: expected an even number; got 3"):
+        blockwise.pack(torch.zeros(3, dtype=torch.uint8))

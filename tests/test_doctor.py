@@ -139,7 +139,7 @@ def test_a_package_that_is_too_old(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("available", "state"), [(2.4e9, PROBLEM), (2.5e9, NOTE), (4.9e9, NOTE), (5e9, OK), (0, PROBLEM)]
+    ("available", "state"), [(2.4e9, PROBLEM), (2.5e9, NOTE), (7.9e9, NOTE), (8e9, OK), (0, PROBLEM)]
 )
 def test_memory(monkeypatch, available, state):
     monkeypatch.setattr(limits, "memory_available", lambda: available)

@@ -648,3 +648,12 @@ class TestMerge:
         with pytest.raises(RuntimeError, match=r"merged_linear: .*call unmerge\(\) first"):
             merge_into_dense(model)
         assert lora_layers(model)
+
+
+def test_what_is_in_four_bits_already_is_said():
+    model, _ = models.tiny()
+    quantize_model(model)
+    with pytest.raises(ValueError, match=r"lora\.add_lora"):
+        add_qlora(model)
+    with pytest.raises(ValueError, match="compute_dtype: expected a floating-point dtype"):
+        add_lora(model, compute_dtype=torch.int8)

@@ -423,3 +423,38 @@ def test_raw_examples_are_refused_with_what_to_do():
     lora.add_lora(model, r=4, alpha=8)
     with pytest.raises(TypeError, match=r"encode_all\(examples, tokenizer\)"):
         training.train(model, tasks.tool_calls().train[:4], training.TrainConfig(steps=1, batch_size=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"steps": "60"}, "steps: expected an integer"),
+        ({"steps": 2.5}, "steps: expected an integer"),
+        ({"batch_size": 4.0}, "batch_size: expected an integer"),
+        ({"learning_rate": "3e-3"}, "learning_rate: expected a number"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(settings, says):
+    with pytest.raises(ValueError, match=says):
+        TrainConfig(**settings)
+
+
+def test_what_is_no_config_or_no_list_of_examples_is_named():
+    model, rows = ingredients()
+    with pytest.raises(TypeError, match="config: expected a TrainConfig"):
+        train(model, rows, 12)
+    with pytest.raises(TypeError, match="examples: expected a list"):
+        training.encode_all(tasks.tool_calls(n_train=4, n_eval=1), None)
+    with pytest.raises(TypeError, match=r"Write \[row\]"):
+        Batch.of(rows[0], 0)
+    with pytest.raises(ValueError, match="rows: expected at least one"):
+        Batch.of([], 0)
+
+
+def test_another_number_of_threads_is_said(tmp_path, monkeypatch):
+    model, rows = ingredients()
+    train(model, rows, config(steps=3), folder=tmp_path, progress=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    again, rows = ingredients()
+    with pytest.warns(UserWarning, match="goes on with 99"):
+        train(again, rows, config(steps=3), folder=tmp_path, progress=False)

@@ -11,6 +11,7 @@ from qlora_edu.tasks.data import (
 )
 from qlora_edu.tasks.phrasings import TOOLS, Tool
 from qlora_edu.tasks.scoring import Judgement, is_exact, judge, parse
+from qlora_edu.tasks.strangers import strangers
 from qlora_edu.tasks.values import SLOTS, Slot
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "is_exact",
     "judge",
     "parse",
+    "strangers",
     "tool_calls",
 ]

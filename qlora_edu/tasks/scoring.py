@@ -51,7 +51,12 @@ def judge(text: str, example: Example) -> Judgement:
     """Compare what a model wrote with the call that `example` stands for.
 
     Arguments carry names, so their order does not matter. A missing, an additional or a different one does.
+
+    Raises TypeError for anything but a text and an example, in this order.
     """
+    if not isinstance(text, str) or not isinstance(example, Example):
+        kinds = type(text).__name__, type(example).__name__
+        raise TypeError(f"expected the text of an answer and a tasks.Example, in this order; got {kinds}")
     call = parse(text)
     if call is None:
         return Judgement(parses=False, tool_right=False, arguments_right=False)

@@ -2,7 +2,7 @@
 
 Words are written as tables. A row is a row of values, and **the last value of every row is held out**: it
 occurs in no training request, not even inside another value. Clock times, durations and percentages are
-enumerated instead, and about a quarter of them is held out by a hash of their first word. It is SHA-256, the
+enumerated instead, and an eighth to a quarter of them is held out by a hash of their first word. It is SHA-256, the
 same on every machine and in every run, which Python's own `hash` is not. The first word, so that "10:25",
 "10:25 am" and "10:25 pm" stay together: the first occurs inside the other two.
 """

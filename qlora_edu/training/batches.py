@@ -61,9 +61,11 @@ class Batch:
         """Put rows together.
 
         Raises:
-            TypeError: if a row is no `Encoded`.
+            TypeError: if a row is no `Encoded`. ValueError: if there is none.
         """
         check_encoded(rows)
+        if not rows:
+            raise ValueError("rows: expected at least one; got none")
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), pad_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -77,6 +79,8 @@ class Batch:
 
 def check_encoded(rows: Sequence[Encoded]) -> None:
     """TypeError unless all rows are `Encoded`."""
+    if isinstance(rows, Encoded):
+        raise TypeError("rows: expected a list of encoded examples; got a single one. Write [row].")
     for row in rows:
         if not isinstance(row, Encoded):
             kind = type(row).__name__
@@ -104,7 +108,14 @@ def encode(example: Example, tokenizer, system: str = SYSTEM_PROMPT) -> Encoded:
 
 
 def encode_all(examples: Sequence[Example], tokenizer, system: str = SYSTEM_PROMPT) -> list[Encoded]:
-    """`encode` for many."""
+    """`encode` for many.
+
+    Raises:
+        TypeError: if `examples` is no sequence of `Example`.
+    """
+    if not isinstance(examples, Sequence):
+        kind = type(examples).__name__
+        raise TypeError(f"examples: expected a list of tasks.Example, such as data.train; got {kind}")
     return [encode(example, tokenizer, system) for example in examples]
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -60,6 +61,7 @@ def save(
             "step": progress.step,
             "losses": progress.losses,
             "seconds": progress.seconds,
+            "threads": torch.get_num_threads(),
         }
         (temporary / "run.json").write_text(json.dumps(facts))
         write_adapter(temporary)
@@ -97,6 +99,13 @@ def restore(folder: Path, model: nn.Module, optimizer, identity: dict) -> Progre
         raise CheckpointError(
             f"{found[-1].name} cannot be read ({error}). Delete it to go on from the one before."
         ) from error
+    threads = torch.get_num_threads()
+    if facts.get("threads", threads) != threads:
+        warnings.warn(
+            f"this run was computed with {facts['threads']} threads and goes on with {threads}: last digits "
+            f"will differ. torch.set_num_threads({facts['threads']}) before you load the model keeps every bit.",
+            stacklevel=3,
+        )
     changed = [key for key in identity if facts["identity"].get(key) != identity[key]]
     if changed:
         was, now = facts["identity"].get(changed[0]), identity[changed[0]]

@@ -58,8 +58,12 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer of at least 1; got {value!r}")
+        for name in ("learning_rate", "warmup", "weight_decay", "max_grad_norm"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise ValueError(f"{name}: expected a number; got {getattr(self, name)!r}")
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             raise ValueError(
                 f"micro_batch_size: expected 1 to {self.batch_size}, or None; got {self.micro_batch_size!r}"
@@ -109,13 +113,17 @@ def train(
     Returns:
         A Run. Interrupted (Ctrl-C, or "stop" in Jupyter), it finishes the step, writes a checkpoint if there is a
         folder, and raises KeyboardInterrupt; a second interrupt does not wait. Called again without a folder, it
-        trains the same adapter further, with a new optimizer.
+        trains the same adapter further, with a new optimizer. A resumed run computes the bits of an uninterrupted one
+        on the same machine with the same number of threads; where that number has changed, it warns.
 
     Raises:
+        TypeError: if `config` is no TrainConfig, or a row is not encoded.
         ValueError: if nothing is trainable. CheckpointError: if the folder holds another run.
         FloatingPointError: if the loss is not finite; the last checkpoint is still good.
     """
-    config = config or TrainConfig()
+    config = TrainConfig() if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config: expected a TrainConfig, such as TrainConfig(steps=60); got {config!r:.60}")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model: no parameter requires a gradient; add an adapter first")
