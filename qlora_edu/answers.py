@@ -112,8 +112,6 @@ def grade(model: nn.Module, rows: Sequence[Encoded], pad_id: int = 0, batch_size
         TypeError: if a row is not encoded. ValueError: if there is none.
     """
     check_encoded(rows)
-    if not rows:
-        raise ValueError("rows: expected at least one; got none")
     training = model.training
     model.eval()
     output = model.get_output_embeddings().weight

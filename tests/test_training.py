@@ -84,10 +84,15 @@ def test_another_seed_gives_another_order():
 
 
 @pytest.mark.parametrize(
-    ("rows", "size", "count"), [([], 1, 1), ([Encoded((1,), (1,))], 0, 1), ([Encoded((1,), (1,))], 1, 0)]
+    ("rows", "size", "count", "says"),
+    [
+        ([], 1, 1, "rows: expected at least one"),
+        ([Encoded((1,), (1,))], 0, 1, "batch_size=0"),
+        ([Encoded((1,), (1,))], 1, 0, "count=0"),
+    ],
 )
-def test_steps_need_something_to_do(rows, size, count):
-    with pytest.raises(ValueError, match="expected rows, batch_size >= 1 and count >= 1"):
+def test_steps_need_something_to_do(rows, size, count, says):
+    with pytest.raises(ValueError, match=says):
         steps(rows, size, count, 0)
 
 

@@ -42,9 +42,9 @@ def quantize_model(
                 )
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{name}: cannot be quantized. {error}") from error
-    if not layers and any(isinstance(module, NF4Linear) for module in model.modules()):
-        raise ValueError("model: is in 4 bits already; lora.add_lora puts an adapter on it")
     if not layers:
+        if any(isinstance(module, NF4Linear) for module in model.modules()):
+            raise ValueError("model: is in 4 bits already; lora.add_lora puts an adapter on it")
         raise ValueError("model: has no nn.Linear to quantize")
     for name, layer in layers.items():
         model.set_submodule(name, layer)

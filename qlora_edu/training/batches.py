@@ -64,8 +64,6 @@ class Batch:
             TypeError: if a row is no `Encoded`. ValueError: if there is none.
         """
         check_encoded(rows)
-        if not rows:
-            raise ValueError("rows: expected at least one; got none")
         length = max(map(len, rows))
         input_ids = torch.full((len(rows), length), pad_id)
         attention_mask = torch.zeros_like(input_ids)
@@ -78,7 +76,7 @@ class Batch:
 
 
 def check_encoded(rows: Sequence[Encoded]) -> None:
-    """TypeError unless all rows are `Encoded`."""
+    """TypeError unless all rows are `Encoded`, ValueError if there is none."""
     if isinstance(rows, Encoded):
         raise TypeError("rows: expected a list of encoded examples; got a single one. Write [row].")
     for row in rows:
@@ -87,6 +85,8 @@ def check_encoded(rows: Sequence[Encoded]) -> None:
             raise TypeError(
                 f"rows: expected encoded examples; got {kind}. Use encode_all(examples, tokenizer)."
             )
+    if not rows:
+        raise ValueError("rows: expected at least one encoded example; got none")
 
 
 def encode(example: Example, tokenizer, system: str = SYSTEM_PROMPT) -> Encoded:
@@ -133,11 +133,9 @@ def steps(rows: Sequence[Encoded], batch_size: int, count: int, seed: int) -> li
         TypeError: if a row is no `Encoded`.
         ValueError: if there are no rows, or batch_size or count is less than 1.
     """
-    if not rows or batch_size < 1 or count < 1:
-        raise ValueError(
-            f"expected rows, batch_size >= 1 and count >= 1; got {len(rows)} rows, {batch_size=}, {count=}"
-        )
     check_encoded(rows)
+    if batch_size < 1 or count < 1:
+        raise ValueError(f"expected batch_size >= 1 and count >= 1; got {batch_size=}, {count=}")
     order = random.Random(seed)
     drawn: list[Encoded] = []
     while len(drawn) < batch_size * count:

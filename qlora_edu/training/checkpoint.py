@@ -99,13 +99,6 @@ def restore(folder: Path, model: nn.Module, optimizer, identity: dict) -> Progre
         raise CheckpointError(
             f"{found[-1].name} cannot be read ({error}). Delete it to go on from the one before."
         ) from error
-    threads = torch.get_num_threads()
-    if facts.get("threads", threads) != threads:
-        warnings.warn(
-            f"this run was computed with {facts['threads']} threads and goes on with {threads}: last digits "
-            f"will differ. torch.set_num_threads({facts['threads']}) before you load the model keeps every bit.",
-            stacklevel=3,
-        )
     changed = [key for key in identity if facts["identity"].get(key) != identity[key]]
     if changed:
         was, now = facts["identity"].get(changed[0]), identity[changed[0]]
@@ -119,6 +112,13 @@ def restore(folder: Path, model: nn.Module, optimizer, identity: dict) -> Progre
     named = _trained(model)
     if {name for name in tensors if not name.startswith(("exp_avg", "random"))} != set(named):
         raise CheckpointError(f"{found[-1].name} holds other parameters than the model trains")
+    then, now = facts.get("threads"), torch.get_num_threads()
+    if then not in (None, now):
+        warnings.warn(
+            f"this run was computed with {then} threads and goes on with {now}: last digits will differ. "
+            f"torch.set_num_threads({then}) before you train keeps every bit.",
+            stacklevel=3,
+        )
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensors[name])
