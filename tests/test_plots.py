@@ -32,7 +32,7 @@ def draw():
 def displayed(monkeypatch):
     """What a notebook would show, in order."""
     shown = []
-    monkeypatch.setattr(plots, "display", shown.append)
+    monkeypatch.setattr(plots.figures, "display", shown.append)
     return shown
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_edu import predictions, quizzes
+from qlora_edu import progress as own_record
+from qlora_edu import quizzes
 from qlora_edu.predictions import outcome, predict
 from qlora_edu.quizzes import questions, quiz
 
@@ -65,7 +66,7 @@ def test_a_prediction_is_shown_beside_the_outcome(progress, capsys):
     outcome("x", 88.5)
     assert capsys.readouterr().out == "Written down: 60%.\nIt is 88.5%.\nYou predicted 60%.\n"
     predict("x", 70, unit="%")
-    assert json.loads(progress.read_text()) == {"x": {"value": 70, "unit": "%"}}
+    assert json.loads(progress.read_text()) == {"x": {"value": 70, "unit": "%", "outcome": 88.5}}
 
 
 def test_no_prediction_is_fine(progress, capsys):
@@ -92,7 +93,7 @@ def test_a_damaged_or_unwritable_file_stops_nothing(progress, monkeypatch, capsy
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(predictions, "write_whole", refuse)
+    monkeypatch.setattr(own_record, "write_whole", refuse)
     predict("x", 61)
     assert "could not be kept" in capsys.readouterr().out
 
@@ -101,3 +102,41 @@ def test_a_damaged_or_unwritable_file_stops_nothing(progress, monkeypatch, capsy
 def test_a_prediction_is_a_number(progress, value):
     with pytest.raises(TypeError, match="expected a number"):
         predict("x", value)
+
+
+def test_the_record_shows_what_was_predicted_and_what_came_out(progress, monkeypatch):
+    predict("01-memory", 60, unit="GB")
+    outcome("01-memory", 48.0)
+    predict("08-exact", 80, unit="%")
+    outcome("08-exact", 88.5)
+    predict("02-rank", 8)
+    monkeypatch.setattr(quizzes, "display", lambda _: None)
+    question = questions()["08-scored"]
+    wrong = next(letter for letter in question.choices if letter != question.right)
+    quiz("08-scored", wrong)
+    quiz("08-scored", question.right)
+    seen = []
+    monkeypatch.setattr(own_record, "display", lambda content: seen.append(content.data))
+    own_record.record()
+    rows = seen[0].splitlines()
+    assert "| 01-memory | 60 GB | 48 GB | a factor of 1.2 |" in rows
+    assert "| 08-exact | 80% | 88.5% | 8.5 points |" in rows
+    assert "| 02-rank | 8 | not run yet | |" in rows
+    assert "Questions right at the first answer: **0 of 1**" in rows
+    own_record.forget()
+    assert not progress.exists()
+
+
+def test_an_empty_or_foreign_record_says_so(progress, capsys):
+    own_record.record()
+    progress.parent.mkdir()
+    progress.write_text('["something else"]')
+    own_record.record()
+    assert capsys.readouterr().out.count("Nothing here yet") == 2
+
+
+def test_a_second_prediction_keeps_what_came_out_before(progress):
+    predict("x", 1)
+    outcome("x", 2)
+    predict("x", 3)
+    assert json.loads(progress.read_text()) == {"x": {"value": 3, "unit": "", "outcome": 2.0}}

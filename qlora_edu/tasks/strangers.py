@@ -3,7 +3,8 @@
 The phrasings and values of `tool_calls` were chosen by people who watched a model's errors on them. These were not:
 they were composed knowing only what the nine tools are for, in the manner of twelve kinds of people (a hurried
 parent, a chef, a Scottish farmer, ...), each of whom asks once for every tool: imitations, not recordings. They
-were scored only after they were finished, and none was changed since. Do not train on them, and do not choose anything by them.
+were scored only after they were finished, and none was changed since. Do not train on them, and do not choose
+anything by them.
 """
 
 import json

@@ -1,0 +1,100 @@
+"""Your own record: what you predicted, what came out, what you answered. It stays on this machine, in one small file.
+
+    from qlora_edu import progress
+
+    progress.record()     shows it
+    progress.forget()     deletes it
+
+`QLORA_EDU_PROGRESS` names another file. Nothing in the course depends on it; a batch run neither reads nor writes it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from IPython.display import Markdown, display
+from platformdirs import user_data_path
+
+from qlora_edu.adapters import write_whole
+
+
+def progress_file() -> Path:
+    """Where the record is kept: QLORA_EDU_PROGRESS, or a file in your user data folder."""
+    chosen = os.environ.get("QLORA_EDU_PROGRESS")
+    return Path(chosen) if chosen else user_data_path("qlora-edu") / "progress.json"
+
+
+def read() -> dict[str, dict]:
+    """The entries by id; none where there is no readable file, or in a batch run."""
+    if os.environ.get("QLORA_STATIC"):
+        return {}
+    try:
+        entries = json.loads(progress_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(entries, dict):
+        return {}
+    return {id: entry for id, entry in entries.items() if isinstance(entry, dict)}
+
+
+def keep(id: str, **facts) -> None:
+    """Add facts to an entry and save the file in one step. A file that cannot be written stops nothing."""
+    if os.environ.get("QLORA_STATIC"):  # a batch run is nobody's work
+        return
+    entries = read()
+    entries[id] = entries.get(id, {}) | facts
+    try:
+        progress_file().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(progress_file(), json.dumps(entries, indent=2).encode())
+    except OSError as error:
+        print(f"(It could not be kept for the next time: {error.strerror}.)")
+
+
+def forget() -> None:
+    """Delete the record."""
+    progress_file().unlink(missing_ok=True)
+    print("Your record is empty.")
+
+
+def record() -> None:
+    """Show every prediction beside what came out, and every question with the first answer that you gave."""
+    entries = read()
+    predictions = {id: entry for id, entry in sorted(entries.items()) if "value" in entry}
+    answers = {id: entry["answers"] for id, entry in sorted(entries.items()) if entry.get("answers")}
+    if not predictions and not answers:
+        print("Nothing here yet: predict a number or answer a question in any chapter, then run this again.")
+        return
+    lines = []
+    if predictions:
+        lines += ["| prediction | yours | it was | off by |", "|:--|--:|--:|--:|"]
+        lines += [_prediction_row(id, entry) for id, entry in predictions.items()]
+    if answers:
+        from qlora_edu.quizzes import questions
+
+        known = questions()
+        first = [(id, given[0]) for id, given in answers.items() if id in known]
+        right = sum(letter == known[id].right for id, letter in first)
+        lines += ["", f"Questions right at the first answer: **{right} of {len(first)}**", ""]
+        lines += [f"- {id}: {'right' if letter == known[id].right else 'not quite'}" for id, letter in first]
+    display(Markdown("\n".join(lines)))
+
+
+def with_unit(value: float, unit: str) -> str:
+    """ "48 GB", "87.5%".
+
+    >>> with_unit(48, "GB"), with_unit(87.5, "%")
+    ('48 GB', '87.5%')
+    """
+    return f"{value:g}{' ' if unit and unit != '%' else ''}{unit}"
+
+
+def _prediction_row(id: str, entry: dict) -> str:
+    value, unit = entry["value"], entry.get("unit", "")
+    if "outcome" not in entry:
+        return f"| {id} | {with_unit(value, unit)} | not run yet | |"
+    outcome = entry["outcome"]
+    if unit == "%" or value * outcome <= 0:
+        off = with_unit(round(abs(value - outcome), 3), "points" if unit == "%" else unit)
+    else:
+        off = f"a factor of {max(value / outcome, outcome / value):.2g}"
+    return f"| {id} | {with_unit(value, unit)} | {with_unit(outcome, unit)} | {off} |"
