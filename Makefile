@@ -38,7 +38,7 @@ ifneq ($(FIT),yes)
 .PHONY: $(CREATED)
 endif
 
-.PHONY: help lab test setup jupyter notebooks tidy lint format parity bench doctor clean
+.PHONY: help lab test setup jupyter notebooks tidy lint format parity claims bench doctor clean
 
 help:
 	@echo 'make lab        set everything up and open JupyterLab     (LAB_FLAGS="--port 9999", PYTHON=python3.12)'
@@ -49,6 +49,7 @@ help:
 	@echo 'make notebooks  execute all notebooks, or one: NB=notebooks/08_finetune.ipynb'
 	@echo 'make tidy       rewrite notebooks as the project writes them, after an edit of the text alone'
 	@echo 'make parity     compare the course with bitsandbytes and PEFT, bit for bit'
+	@echo 'make claims     recompute every claim of the ledger and print its verdict'
 	@echo 'make bench      measure a QLoRA step on this machine'
 	@echo 'make lint       ruff, and how the notebooks are kept'
 	@echo 'make format     format the code'
@@ -137,6 +138,9 @@ format: $(TEST_INSTALLED)
 
 parity: $(TEST_INSTALLED)
 	@$(PY) -m qlora_edu.parity
+
+claims: $(TEST_INSTALLED)
+	@$(PY) -m qlora_edu.claims
 
 bench: $(TEST_INSTALLED)
 	@$(PY) benchmarks/qlora_step.py

@@ -9,6 +9,7 @@ import pytest
 from qlora_edu import claims
 from qlora_edu.claims import Claim, Figure, LedgerError
 from qlora_edu.claims import ledger as module
+from qlora_edu.claims.__main__ import main
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
@@ -178,3 +179,14 @@ def test_a_table_is_not_shown_where_an_entry_does_not_stand(computed, monkeypatc
 def test_an_unknown_id_is_named():
     with pytest.raises(LedgerError, match="got 'memory-no-such'"):
         claims.claim("memory-no-such")
+
+
+def test_the_command_prints_every_claim_and_fails_where_one_does_not_stand(computed, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "entries", lambda: {"staged-claim": entry()})
+    monkeypatch.setattr(claims, "counts", lambda: {"weighed": 1, "confirmed": 1, "corrected": 0, "open": 0})
+    computed(total=780.0)
+    assert main() == 0
+    assert "1 weighed, 1 confirmed, 0 corrected, 0 open" in capsys.readouterr().out
+    computed(total=1.0)
+    assert main() == 1
+    assert "expected 780 GB" in capsys.readouterr().out

@@ -168,15 +168,25 @@ def recomputes(id: str) -> Callable:
     return register
 
 
-@cache
-def _recomputed(id: str) -> dict[str, float]:
+def recomputation(id: str) -> Callable[[], dict[str, float]]:
+    """The function that recomputes a claim.
+
+    Raises:
+        LedgerError: if there is no such claim, or no function for it.
+    """
     entry = claim(id)
     importlib.import_module(f"qlora_edu.claims.{entry.topic}")
     if id not in _recomputations:
         raise LedgerError(f"{id}: no function in claims/{entry.topic}.py recomputes it")
-    values = _recomputations[id]()
+    return _recomputations[id]
+
+
+@cache
+def _recomputed(id: str) -> dict[str, float]:
+    entry, function = claim(id), recomputation(id)
+    values = function()
     if values.keys() != entry.figures.keys():
         raise LedgerError(
-            f"{id}: {_recomputations[id].__name__} returns {sorted(values)}, the ledger has {sorted(entry.figures)}"
+            f"{id}: {function.__name__} returns {sorted(values)}, the ledger has {sorted(entry.figures)}"
         )
     return values
