@@ -1,6 +1,6 @@
 """Says in ten lines, and a verdict, what this machine is, whether the course can run, and what to do if not.
 
-    python -m qlora_edu.doctor            (with --fetch it fetches the model first, where it is not ready)
+    python -m qlora_edu.doctor            (with --fetch it fetches the models first, where they are not ready)
 
 A line is marked ``ok``, ``note`` (it runs; here is how it runs better) or ``problem`` (it does not; do this).
 Nothing is imported before it is examined, so that a broken installation is reported instead of raised.
@@ -178,10 +178,17 @@ def disk() -> Verdict:
 
 
 def model() -> Verdict:
-    status = needed("qlora_edu.models").status()
-    if status.state == "ready":
-        return OK, f"ready, {status.bytes / 1e6:.0f} MB", ""
-    return PROBLEM, f"{status.state}: {status.detail}", status.remedy
+    models = needed("qlora_edu.models")
+    found = {name: models.status(name) for name in models.SOURCES}
+    text, remedy = [], ""
+    for name, one in found.items():
+        ready = one.state == "ready"
+        text.append(
+            f"{name} {one.state}, {one.bytes / 1e6:.0f} MB" if ready else f"{name} {one.state}: {one.detail}"
+        )
+        remedy = remedy or one.remedy
+    state = PROBLEM if found[models.SMOLLM2].state != "ready" else NOTE if remedy else OK
+    return state, "; ".join(text), remedy
 
 
 def bitsandbytes() -> Verdict:
@@ -220,21 +227,28 @@ def report(findings: list[Finding] | None = None) -> bool:
     return runs
 
 
-def fetch_model() -> None:
-    """Fetch the model where it is not ready. A failure is printed, and the report then says the state."""
+def fetch_models() -> None:
+    """Fetch each model that is not ready. A failure is printed, and the report then says the state."""
     try:
         models = needed("qlora_edu.models")
-        if models.status().state != "ready":
-            models.fetch()
-    except Exception as error:
-        print(f"The model was not fetched. {error}", file=sys.stderr)
+    except NotExaminable as error:
+        print(f"The models were not fetched. {error}", file=sys.stderr)
+        return
+    for name in models.SOURCES:
+        try:
+            if models.status(name).state != "ready":
+                models.fetch(name)
+        except Exception as error:
+            print(f"The model {name} was not fetched. {error}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m qlora_edu.doctor", description=__doc__.split("\n")[0])
-    parser.add_argument("--fetch", action="store_true", help="fetch the model first, where it is not ready")
+    parser.add_argument(
+        "--fetch", action="store_true", help="fetch the models first, where they are not ready"
+    )
     if parser.parse_args(arguments).fetch:
-        fetch_model()
+        fetch_models()
     return 0 if report() else 1
 
 

