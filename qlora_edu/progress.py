@@ -1,4 +1,4 @@
-"""Your own record: what you predicted, what came out, what you answered. It stays on this machine, in one small file.
+"""Your own record: what you predicted, and what came out. It stays on this machine, in one small file.
 
     from qlora_edu import progress
 
@@ -57,26 +57,13 @@ def forget() -> None:
 
 
 def record() -> None:
-    """Show every prediction beside what came out, and every question with the first answer that you gave."""
-    entries = read()
-    predictions = {id: entry for id, entry in sorted(entries.items()) if "value" in entry}
-    answers = {id: entry["answers"] for id, entry in sorted(entries.items()) if entry.get("answers")}
-    if not predictions and not answers:
-        print("Nothing here yet: predict a number or answer a question in any chapter, then run this again.")
+    """Show every prediction beside what came out."""
+    entries = {id: entry for id, entry in sorted(read().items()) if "value" in entry}
+    if not entries:
+        print("Nothing here yet: predict a number in any chapter, then run this again.")
         return
-    lines = []
-    if predictions:
-        lines += ["| prediction | yours | it was | off by |", "|:--|--:|--:|--:|"]
-        lines += [_prediction_row(id, entry) for id, entry in predictions.items()]
-    if answers:
-        from qlora_edu.quizzes import questions
-
-        known = questions()
-        first = [(id, given[0]) for id, given in answers.items() if id in known]
-        right = sum(letter == known[id].right for id, letter in first)
-        lines += ["", f"Questions right at the first answer: **{right} of {len(first)}**", ""]
-        lines += [f"- {id}: {'right' if letter == known[id].right else 'not quite'}" for id, letter in first]
-    display(Markdown("\n".join(lines)))
+    lines = ["| prediction | yours | it was | off by |", "|:--|--:|--:|--:|"]
+    display(Markdown("\n".join(lines + [_row(id, entry) for id, entry in entries.items()])))
 
 
 def with_unit(value: float, unit: str) -> str:
@@ -88,7 +75,7 @@ def with_unit(value: float, unit: str) -> str:
     return f"{value:g}{' ' if unit and unit != '%' else ''}{unit}"
 
 
-def _prediction_row(id: str, entry: dict) -> str:
+def _row(id: str, entry: dict) -> str:
     value, unit = entry["value"], entry.get("unit", "")
     if "outcome" not in entry:
         return f"| {id} | {with_unit(value, unit)} | not run yet | |"

@@ -3,7 +3,7 @@
     quiz("08-scored")         shows the question
     quiz("08-scored", "b")    says whether b is right, and why
 
-Questions live in `data/quizzes/<chapter>.toml`; your answers are kept in your own record (`progress`).
+Questions live in `data/quizzes/<chapter>.toml`.
 """
 
 import tomllib
@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 
 from IPython.display import Markdown, display
-
-from qlora_edu import progress
 
 _FOLDER = Path(__file__).parent / "data" / "quizzes"
 
@@ -73,7 +71,5 @@ def quiz(id: str, answer: str | None = None) -> None:
     letter = str(answer).strip().lower()
     if letter not in question.choices:
         raise ValueError(f"answer: expected one of {', '.join(question.choices)}; got {answer!r}")
-    given = progress.read().get(id, {}).get("answers", [])
-    progress.keep(id, answers=[*given, letter])
     verdict = "Right." if letter == question.right else "Not quite."
     display(Markdown(f"**{verdict}** {question.explanations[letter]}"))

@@ -56,7 +56,7 @@ def errors(bits: int, how: str) -> Figure:
     left.set(
         xlabel="weight, in steps Δ", ylabel="error, in steps Δ", ylim=(-1.15, 1.15), title=f"rounding: {how}"
     )
-    right.hist(error.flatten().numpy(), bins=np.linspace(-1, 1, 41), density=True, color=ORANGE)
+    right.hist(error.flatten().numpy(), bins=np.linspace(-1.025, 1.025, 42), density=True, color=ORANGE)
     right.axvline(error.mean().item(), color=INK, linewidth=1.2)
     root = error.square().mean().sqrt().item()
     right.set(xlabel="error, in steps Δ", ylabel="density", title=f"{bits} bits: RMSE {root:.3f} Δ")
@@ -92,7 +92,7 @@ def outlier(size: float, granularity: str, bits: int) -> Figure:
     steps = stored.step.expand(-1, stored.codes.shape[1]).reshape(ROWS, COLUMNS)  # (8, 64): Δ of each weight
     for start in range(0, COLUMNS, width):
         levels = np.arange(-largest, largest + 1) * steps[row, start].item()
-        levels = levels[np.abs(levels) < 3.6]
+        levels = levels[np.abs(levels) < 4.6]
         above.hlines(
             levels,
             start - 0.5,
@@ -108,13 +108,13 @@ def outlier(size: float, granularity: str, bits: int) -> Figure:
         positions, back[row].numpy(), "x", markersize=5, mew=1.4, color=VERMILLION, label="as it comes back"
     )
     above.plot([], [], color=GREEN, linewidth=0.7, label="levels")
-    above.set(xlim=(-1, COLUMNS), ylim=(-3.6, 3.6), ylabel=f"row {row}, values")
+    above.set(xlim=(-1, COLUMNS), ylim=(-4.6, 4.6), ylabel=f"row {row}, values")
     above.grid(visible=False)
-    if size > 3.5:
+    if size > 4.5:
         above.annotate(
             f"{size:g}",
-            (column, 3.55),
-            (column, 2.4),
+            (column, 4.55),
+            (column, 3.1),
             ha="center",
             color=INK,
             arrowprops={"arrowstyle": "->", "color": INK},
