@@ -36,3 +36,16 @@ def test_rows_have_the_length_asked_for_and_score_all_but_the_first_token():
     assert [len(row) for row in rows] == [17] * 3
     assert all(len(row.prompt) == 1 and max(row.answer) < 100 for row in rows)
     assert len(set(rows)) == 3
+
+
+def test_a_fresh_process_gets_the_variables_it_is_given():
+    given = memory.in_fresh_process("os:getenv", "MALLOC_TRIM_THRESHOLD_", environment=memory.FAITHFUL)
+    assert given == memory.FAITHFUL["MALLOC_TRIM_THRESHOLD_"]
+
+
+def test_a_method_of_the_real_model_takes_more_than_its_weights():
+    peak = memory.in_fresh_process(
+        "qlora_edu.memory.steps:peak_of_method", "lora", 1, 16, environment=memory.FAITHFUL
+    )
+    weights = memory.predict("smollm2-135m", "lora").weights
+    assert peak["peak"] - peak["base"] > weights

@@ -1,0 +1,139 @@
+"""What each 4-bit format costs a real model: the loss per token with all its linear weights rounded to the format.
+
+The model is SmolLM2-135M in float32, so that the numbers are the same on every machine; the text is the beginning of
+each of the course's twelve passages. A measurement takes a few seconds and is made once in a process.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from qlora_edu import formats, models, perplexity, rounding
+
+TOKENS = 64  # read of each passage, 63 of them scored
+BLOCK_SIZE = 64
+
+
+def int4_zero_point(weight: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
+    """Min-max 4-bit integers whose grid is shifted, by at most half a step, until zero lies on it.
+
+    The step is Δ = (max - min)/15 of the block, with zero between min and max; the zero point z = round(-min/Δ) is
+    the code of zero; a weight becomes (clamp(round(w/Δ) + z, 0, 15) - z)·Δ. `rounding.round_trip(weight, 4,
+    symmetric=False)` is the same without the shift. weight: whole blocks. Returns float32, in weight's shape.
+    """
+    if not isinstance(weight, Tensor) or weight.numel() == 0 or weight.numel() % block_size:
+        raise ValueError(f"weight: expected a tensor of whole blocks of {block_size}. Cut or pad it first.")
+    blocks = weight.detach().float().reshape(-1, block_size)
+    low = blocks.amin(dim=1, keepdim=True).clamp(max=0)
+    step = (blocks.amax(dim=1, keepdim=True).clamp(min=0) - low) / 15
+    step = torch.where(step > 0, step, 1.0)
+    zero = (-low / step).round()
+    codes = ((blocks / step).round() + zero).clamp(0, 15)
+    return ((codes - zero) * step).view(weight.shape)
+
+
+def nf4_zero_moved() -> Tensor:
+    """NF4 with one level changed: 0.02 instead of zero."""
+    levels = formats.levels("nf4").clone()
+    levels[7] = 0.02
+    return levels
+
+
+def _through(levels: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda weight: formats.round_trip(weight, levels(), BLOCK_SIZE)
+
+
+#: What is done to a weight, by the name under which it stands in tables: (out, in) -> (out, in), float32.
+ROUND_TRIPS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{
+        label: _through(partial(formats.levels, name))
+        for label, name in {
+            "NF4": "nf4",
+            "AF4": "af4",
+            "Lloyd-Max": "lloyd-max",
+            "Lloyd-Max with 0": "lloyd-max-zero",
+            "E2M1": "e2m1",
+            "FP4": "fp4",
+            "E3M0": "e3m0",
+            "INT4 absmax": "int4",
+            "16 steps": "uniform16",
+            "16 steps with 0": "uniform16-zero",
+        }.items()
+    },
+    "NF4, zero moved": _through(nf4_zero_moved),
+    "INT4 min-max": lambda weight: rounding.round_trip(weight, 4, symmetric=False, block_size=BLOCK_SIZE),
+    "INT4 min-max with 0": int4_zero_point,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """What came out.
+
+    Attributes:
+        nll: float64 (scored,), -ln p of each token in nats.
+        lengths: how many of them belong to each passage.
+        error: ‖w - ŵ‖ / ‖w‖ over the weights that were rounded.
+    """
+
+    nll: Tensor
+    lengths: tuple[int, ...]
+    error: float
+
+    @property
+    def perplexity(self) -> float:
+        return perplexity.perplexity(self.nll)
+
+    def added_to(self, other: "Loss") -> tuple[float, float]:
+        """The mean of this loss minus that of another, and its standard error over passages, in nats per token."""
+        difference = (self.nll - other.nll).mean().item()
+        return difference, perplexity.paired_standard_error(other.nll, self.nll, self.lengths)
+
+
+@cache
+def base():
+    """(model, tokenizer): SmolLM2-135M in float32."""
+    return models.load(dtype=torch.float32, progress=False)
+
+
+@cache
+def measure(name: str | None = None, only: str = "", tokens: int | None = TOKENS) -> Loss:
+    """The loss with the weights of every linear layer sent through a format.
+
+    Args:
+        name: a key of ROUND_TRIPS; None leaves the weights as they are.
+        only: round the layers whose name contains this, such as "v_proj"; all by default.
+        tokens: read so many of each passage; None for all, which takes four times as long.
+
+    Raises:
+        ValueError: for an unknown name, or if no layer's name contains `only`.
+    """
+    if name is not None and name not in ROUND_TRIPS:
+        raise ValueError(f"name: expected one of {', '.join(ROUND_TRIPS)}; got {name!r}.")
+    model, tokenizer = base()
+    output = model.get_output_embeddings()
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    if not any(only in n for n in names):
+        raise ValueError(f"only: expected a part of a layer's name, such as 'v_proj'; got {only!r}.")
+    layer = iter(names)
+    lost = size = 0.0
+
+    def change(weight: Tensor) -> Tensor:  # called for one layer after the other, in their order
+        nonlocal lost, size
+        if only not in next(layer):
+            return weight
+        rounded = ROUND_TRIPS[name](weight)
+        lost += (rounded - weight).square().sum(dtype=torch.float64).item()
+        size += weight.square().sum(dtype=torch.float64).item()
+        return rounded
+
+    texts = perplexity.passages()
+    lengths = tuple(perplexity.scored_lengths(tokenizer, texts, tokens))
+    if name is None:
+        return Loss(perplexity.token_nll(model, tokenizer, texts, tokens), lengths, 0.0)
+    with perplexity.rounded_weights(model, change):
+        nll = perplexity.token_nll(model, tokenizer, texts, tokens)
+    return Loss(nll, lengths, (lost / size) ** 0.5)
