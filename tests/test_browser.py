@@ -22,6 +22,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+PICTURE = ".jp-RenderedImage img"
 READY = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 if not CHROMIUM and os.environ.get("CI"):
@@ -118,7 +119,7 @@ def test_moving_a_control_changes_the_picture(lab, page, path):
         page.goto(f"{address}/lab/tree/{file.name}?reset")
         page.wait_for_function(READY)
         page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
-        page.wait_for_selector(".jp-RenderedImage img")
+        page.wait_for_selector(PICTURE)
         page.wait_for_function(READY)
         controls = move_every_control(page)
         assert controls == source.count("widgets.Slider(") + source.count("widgets.Choice(") + source.count(
@@ -129,36 +130,42 @@ def test_moving_a_control_changes_the_picture(lab, page, path):
 
 
 def move_every_control(page) -> int:
-    """Move each control by one step, and wait for another picture each time. Returns how many there are."""
+    """Move each control by one step and back: another picture each time, then the first again. Returns how many."""
     handles = page.query_selector_all(".jp-OutputArea .noUi-handle")
     for handle in handles:
-        before = picture(page)
-        handle.focus()
         low, now = (float(handle.get_attribute(f"aria-value{name}")) for name in ("min", "now"))
-        page.keyboard.press("ArrowLeft" if now > low else "ArrowRight")
-        wait_for_another(page, before)
+        there, back = ("ArrowLeft", "ArrowRight") if now > low else ("ArrowRight", "ArrowLeft")
+        handle.focus()
+        there_and_back(
+            page, lambda key=there: page.keyboard.press(key), lambda key=back: page.keyboard.press(key)
+        )
     selects = page.query_selector_all(".jp-OutputArea .widget-dropdown select")
     for select in selects:
-        before = picture(page)
         chosen, options = select.evaluate("s => [s.selectedIndex, s.options.length]")
-        select.select_option(index=(chosen + 1) % options)
-        wait_for_another(page, before)
+        other = (chosen + 1) % options
+        there_and_back(
+            page,
+            lambda select=select, index=other: select.select_option(index=index),
+            lambda select=select, index=chosen: select.select_option(index=index),
+        )
     boxes = page.query_selector_all(".jp-OutputArea .widget-checkbox input")
     for box in boxes:
-        before = picture(page)
-        box.click()
-        wait_for_another(page, before)
+        there_and_back(page, box.click, box.click)
     return len(handles) + len(selects) + len(boxes)
 
 
-def picture(page) -> str:
-    return page.locator(".jp-RenderedImage img").last.get_attribute("src")
+def there_and_back(page, there, back) -> None:
+    """Each control is moved from where all of them start: with others moved, it may rightly have no effect."""
+    start = page.locator(PICTURE).last.get_attribute("src")
+    there()
+    wait_for(page, "all[all.length - 1].src !== start", start)
+    back()
+    wait_for(page, "all[all.length - 1].src === start", start)
 
 
-def wait_for_another(page, before: str) -> None:
+def wait_for(page, condition: str, start: str) -> None:
     page.wait_for_function(
-        "before => { const all = document.querySelectorAll('.jp-RenderedImage img');"
-        " return all.length && all[all.length - 1].src !== before }",
-        arg=before,
+        f"start => {{ const all = document.querySelectorAll('{PICTURE}'); return all.length && {condition} }}",
+        arg=start,
     )
     page.wait_for_function(READY)

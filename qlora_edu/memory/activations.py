@@ -142,5 +142,5 @@ def check(shape: Shape) -> None:
     if shape.model_type not in ("llama", "mistral", "qwen2") or names != set(LLAMA_LINEARS):
         raise ValueError(
             f"model: activations are derived for LLaMA's block; got {shape.model_type!r}. "
-            "Use predict(..., activations=False), or trace.saved_by_forward on the model itself."
+            "memory.kept_on_meta and memory.kept_by_forward count what autograd keeps of any model."
         )

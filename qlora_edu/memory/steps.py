@@ -1,6 +1,6 @@
 """The same training step of the real model three ways, with the course's own layers, to be measured.
 
-full     all parameters are trained, in bfloat16 throughout; the loss is transformers'
+full     all parameters are trained, in one dtype throughout; the loss is transformers'
 lora     an adapter beside the 16-bit weights
 qlora    an adapter beside NF4 weights with double quantization
 """
@@ -60,26 +60,33 @@ def stages(
 
 
 def peak_of_method(
-    method: str, rows: int = 4, length: int = 256, checkpointing: bool = False, mapped: bool = False
+    method: str,
+    rows: int = 4,
+    length: int = 256,
+    checkpointing: bool = False,
+    mapped: bool = False,
+    dtype: str = "bfloat16",
 ) -> dict:
     """Resident memory of one training step of SmolLM2-135M, AdamW's states already made: meant for `in_fresh_process`.
 
     Args:
         mapped: leave 16-bit weights where they were loaded from, in a file that is mapped into memory; otherwise what
             is left of them is copied, and the file is let go.
+        dtype: of the weights and the computation, by torch's name for it.
 
     Returns:
         "base": bytes of this process with everything but the model, after a step of a tiny one;
         "peak": the most while the real model's step ran.
     """
-    _, tokenizer = models.load(dtype=torch.bfloat16)  # it stays: only the model comes and goes
-    twin, _ = models.tiny(dtype=torch.bfloat16)
-    for stage in stages(twin, convert(twin, method), rows, 8, checkpointing).values():
+    kind = getattr(torch, dtype)
+    _, tokenizer = models.load(dtype=kind)  # it stays: only the model comes and goes
+    twin, _ = models.tiny(dtype=kind)
+    for stage in stages(twin, convert(twin, method, dtype=kind), rows, 8, checkpointing).values():
         stage()
     del twin, stage
     base = resident()
-    model, _ = models.load(dtype=torch.bfloat16)
-    loss = convert(model, method)
+    model, _ = models.load(dtype=kind)
+    loss = convert(model, method, dtype=kind)
     if not mapped:
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
