@@ -43,16 +43,14 @@ def quantize(
     >>> [hex(byte) for byte in q.packed.tolist()], q.scales().tolist()
     (['0xa2', '0x7f'], [2.0])
     """
-    _check(weight, block_size)
+    check_weight(weight)
+    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size: expected one of the whole numbers {BLOCK_SIZES}; got {block_size!r}")
     codebooks.table(codebook)  # an unknown name is refused before any work
     flat = weight.detach().reshape(-1)  # (n,)
     absmax = to_blocks(flat, block_size).abs().amax(dim=1).float()  # (blocks,)
     if not absmax.isfinite().all():
-        where = int((~flat.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"weight: expected finite values; got {flat[where].item()} at flat index {where} of shape "
-            f"{tuple(weight.shape)}. One such value would spoil its whole block."
-        )
+        check_finite(weight)
 
     whole = flat.numel() // block_size * block_size
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
@@ -66,7 +64,8 @@ def quantize(
     return QuantizedTensor(packed, scales, codebook, block_size, tuple(weight.shape), weight.dtype)
 
 
-def _check(weight: Tensor, block_size: int) -> None:
+def check_weight(weight: Tensor) -> None:
+    """Raise unless `weight` is a tensor of FLOATS with values; errors as in `quantize`."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight: expected a torch.Tensor; got {type(weight).__name__}")
     if weight.dtype not in FLOATS:
@@ -79,8 +78,18 @@ def _check(weight: Tensor, block_size: int) -> None:
         )
     if weight.numel() == 0:
         raise ValueError(f"weight: expected at least one element; got shape {tuple(weight.shape)}")
-    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size: expected one of the whole numbers {BLOCK_SIZES}; got {block_size!r}")
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raise a ValueError that names the first NaN or Inf, if there is one."""
+    flat = weight.detach().flatten()
+    finite = flat.isfinite()
+    if not finite.all():
+        where = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"weight: expected finite values; got {flat[where].item()} at flat index {where} of shape "
+            f"{tuple(weight.shape)}. One such value would spoil all that share its scale."
+        )
 
 
 def pack(codes: Tensor) -> Tensor:

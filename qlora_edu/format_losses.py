@@ -2,6 +2,8 @@
 
 The model is SmolLM2-135M in float32, so that the numbers are the same on every machine; the text is the beginning of
 each of the course's twelve passages. A measurement takes a few seconds and is made once in a process.
+
+    python -m qlora_edu.format_losses     measures all formats on the whole passages: about six minutes
 """
 
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu import formats, models, perplexity, rounding
+from qlora_edu.rounded_weights import linear_layers
 
 TOKENS = 64  # read of each passage, 63 of them scored
 BLOCK_SIZE = 64
@@ -35,10 +38,10 @@ def int4_zero_point(weight: Tensor, block_size: int = BLOCK_SIZE) -> Tensor:
     return ((codes - zero) * step).view(weight.shape)
 
 
-def nf4_zero_moved() -> Tensor:
-    """NF4 with one level changed: 0.02 instead of zero."""
+def nf4_zero_moved(to: float) -> Tensor:
+    """NF4 with one level changed: `to` instead of zero."""
     levels = formats.levels("nf4").clone()
-    levels[7] = 0.02
+    levels[7] = to
     return levels
 
 
@@ -63,7 +66,9 @@ ROUND_TRIPS: dict[str, Callable[[Tensor], Tensor]] = {
             "16 steps with 0": "uniform16-zero",
         }.items()
     },
-    "NF4, zero moved": _through(nf4_zero_moved),
+    "NF4, zero at 0.02": _through(partial(nf4_zero_moved, 0.02)),
+    "NF4, zero at -0.02": _through(partial(nf4_zero_moved, -0.02)),
+    "NF4 mirrored": _through(lambda: -formats.levels("nf4").flip(0)),
     "INT4 min-max": lambda weight: rounding.round_trip(weight, 4, symmetric=False, block_size=BLOCK_SIZE),
     "INT4 min-max with 0": int4_zero_point,
 }
@@ -114,8 +119,7 @@ def measure(name: str | None = None, only: str = "", tokens: int | None = TOKENS
     if name is not None and name not in ROUND_TRIPS:
         raise ValueError(f"name: expected one of {', '.join(ROUND_TRIPS)}; got {name!r}.")
     model, tokenizer = base()
-    output = model.get_output_embeddings()
-    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+    names = list(linear_layers(model))
     if not any(only in n for n in names):
         raise ValueError(f"only: expected a part of a layer's name, such as 'v_proj'; got {only!r}.")
     layer = iter(names)
@@ -137,3 +141,17 @@ def measure(name: str | None = None, only: str = "", tokens: int | None = TOKENS
     with perplexity.rounded_weights(model, change):
         nll = perplexity.token_nll(model, tokenizer, texts, tokens)
     return Loss(nll, lengths, (lost / size) ** 0.5)
+
+
+def main() -> None:
+    """Print what every format adds to the loss on all tokens of the passages, and how far it is from NF4."""
+    whole, nf4 = measure(tokens=None), measure("NF4", tokens=None)
+    print(f"{len(whole.nll):,} tokens; loss added, and against NF4, in nats a token, ± its standard error")
+    for name in ROUND_TRIPS:
+        found = measure(name, tokens=None)
+        added, rival = found.added_to(whole), found.added_to(nf4)
+        print(f"{name:<20} {added[0]:6.3f} ± {added[1]:.3f}  {rival[0]:+6.3f} ± {rival[1]:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu import codebooks, lloyd
-from qlora_edu.blockwise import FLOATS
+from qlora_edu.blockwise import check_finite, check_weight
 from qlora_edu.kernels.encode import CELLS, WEIGHTS_PER_PIECE, cell
 
 _SMALLEST_SCALE = 1e-38  # as in `blockwise`: keeps 1 / scale finite
@@ -165,24 +165,8 @@ def _tables(levels: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def check(weight: Tensor, levels: Tensor, block_size: int) -> Tensor:
     """Raise if an argument of `round_trip` will not do. Returns the levels as float32 where the weight is."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"weight: expected a torch.Tensor; got {type(weight).__name__}. Use torch.tensor(...)."
-        )
-    if weight.dtype not in FLOATS:
-        raise TypeError(
-            f"weight: expected float32, bfloat16 or float16; got {weight.dtype}. Convert it first."
-        )
-    if weight.is_meta or weight.numel() == 0:
-        what = "a tensor on the meta device" if weight.is_meta else f"shape {tuple(weight.shape)}"
-        raise ValueError(f"weight: expected at least one value; got {what}. Load its values first.")
-    finite = weight.detach().isfinite().flatten()
-    if not finite.all():
-        where = int((~finite).nonzero()[0])
-        raise ValueError(
-            f"weight: expected finite values; got {weight.detach().flatten()[where].item()} at flat index {where}. "
-            "One such value would spoil its whole block."
-        )
+    check_weight(weight)
+    check_finite(weight)
     if type(block_size) is not int or block_size < 2:
         raise ValueError(
             f"block_size: expected a whole number of at least 2; got {block_size!r}. 64 is usual."

@@ -13,13 +13,12 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qlora_edu import adapters, blockwise, codebooks, lora, models, qlora, reference
+from qlora_edu.stored import normals as stored_normals
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256, 4096)
@@ -63,7 +62,7 @@ def stored_weights(count: int, start: int = 0) -> Tensor:
 
     They are products of two stored numbers: IEEE multiplication has one right answer.
     """
-    normals = load_file(Path(__file__).parent / "data" / "normals.safetensors")["normals"]
+    normals = stored_normals()
     i = torch.arange(start, start + count)
     return normals[i % len(normals)] * normals[
         (i * 31 + i // len(normals) * 4099 + 7) % len(normals)

@@ -23,7 +23,7 @@ def rounded_weights(model: nn.Module, function: Callable[[Tensor], Tensor]) -> I
     """
     originals: dict[nn.Parameter, Tensor] = {}
     try:
-        for name, weight in _linear_weights(model):
+        for name, weight in ((name, layer.weight) for name, layer in linear_layers(model).items()):
             if weight in originals:  # shared by two layers
                 continue
             result = _rounded(name, weight, function)
@@ -35,11 +35,14 @@ def rounded_weights(model: nn.Module, function: Callable[[Tensor], Tensor]) -> I
             weight.data = original
 
 
-def _linear_weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every `nn.Linear` of a model but the output layer, by name.
+
+    Raises:
+        ValueError: if there is none.
+    """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = [
-        (name, m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output
-    ]
+    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not output}
     if not found:
         raise ValueError("model: expected one with nn.Linear layers; got none besides the output layer.")
     return found

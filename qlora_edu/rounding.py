@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlora_edu.blockwise import check_finite, check_weight
+
 GRANULARITIES = ("tensor", "row", "block")
 ROUNDINGS = ("nearest", "stochastic", "truncate")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def round_trip(
@@ -185,27 +186,11 @@ def snr_db(weight: Tensor, approximation: Tensor) -> float:
 
 
 def _check(weight: Tensor, bits: int, granularity: str, block_size: int) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"weight: expected a torch.Tensor; got {type(weight).__name__}. Use torch.tensor(...)."
-        )
-    if weight.dtype not in FLOATS:
-        raise TypeError(
-            f"weight: expected float32, bfloat16 or float16; got {weight.dtype}. Convert it first."
-        )
-    if weight.is_meta or weight.numel() == 0:
-        what = "a tensor on the meta device" if weight.is_meta else f"shape {tuple(weight.shape)}"
-        raise ValueError(f"weight: expected at least one value; got {what}. Load its values first.")
+    check_weight(weight)
     if type(bits) is not int or not 2 <= bits <= 8:
         raise ValueError(f"bits: expected a whole number from 2 to 8; got {bits!r}.")
     if type(block_size) is not int or block_size < 1:
         raise ValueError(f"block_size: expected a whole number of at least 1; got {block_size!r}.")
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity: expected one of {', '.join(GRANULARITIES)}; got {granularity!r}.")
-    flat = weight.detach().flatten()
-    bad = (~flat.isfinite()).nonzero()
-    if len(bad):
-        raise ValueError(
-            f"weight: expected finite values; got {flat[bad[0]].item()} at flat index {bad[0].item()}. "
-            "One such value would spoil its whole group."
-        )
+    check_finite(weight)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qlora_edu.rounded_weights import linear_layers as linears
 from qlora_edu.training.batches import Batch, Encoded, steps
 from qlora_edu.training.loss import answer_loss
 from qlora_edu.training.schedule import cosine_with_warmup
@@ -63,12 +64,6 @@ def _check(matrix: Tensor) -> None:
         raise ValueError(f"matrix: expected floating-point numbers; got {matrix.dtype} on {matrix.device}")
     if not torch.isfinite(matrix).all() or not matrix.any():
         raise ValueError("matrix: expected finite numbers, not all of them zero")
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a transformers model but the output layer, by name."""
-    head = model.get_output_embeddings()
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
 def gradients(model: nn.Module, rows: Sequence[Encoded], names: Sequence[str]) -> dict[str, Tensor]:

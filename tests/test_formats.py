@@ -154,7 +154,7 @@ WRONG = [
     ({"weight": [1.0]}, TypeError, r"weight: expected a torch\.Tensor; got list"),
     ({"weight": torch.ones(4).double()}, TypeError, r"weight: expected float32.*float64"),
     ({"weight": torch.ones(4, device="meta")}, ValueError, r"weight: .*meta device"),
-    ({"weight": torch.ones(0)}, ValueError, r"weight: expected at least one value; got shape \(0,\)"),
+    ({"weight": torch.ones(0)}, ValueError, r"weight: expected at least one element; got shape \(0,\)"),
     (
         {"weight": torch.tensor([1.0, float("nan")])},
         ValueError,

@@ -8,7 +8,7 @@ import torch
 from qlora_edu import blockwise, format_losses, formats, lloyd, normalised, reference, rounding
 from qlora_edu.claims.ledger import recomputes
 from qlora_edu.parity import stored_weights
-from qlora_edu.plots.nf4 import stored_normals
+from qlora_edu.stored import normals as stored_normals
 
 
 def _mse(name: str) -> float:

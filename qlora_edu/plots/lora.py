@@ -106,7 +106,7 @@ def against_rank(panels: Mapping[str, Mapping[str, Mapping[int, float]]], xlabel
     if not values or min(values) <= 0:
         raise ValueError("panels: expected positive numbers in at least one panel")
     figure, row = plt.subplots(1, len(panels), figsize=(7, 3.0), squeeze=False)
-    styles = ((VERMILLION, "o-"), (BLUE, "s-"), (ORANGE, "^--"))
+    styles = ((VERMILLION, "o-"), (BLUE, "s-"), (ORANGE, "^--"), (GREEN, "D:"))
     for axes, (title, lines) in zip(row[0], panels.items(), strict=True):
         for (name, line), (color, style) in zip(lines.items(), styles, strict=False):
             axes.plot(list(line), list(line.values()), style, color=color, label=name, markersize=5)

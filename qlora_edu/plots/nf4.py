@@ -1,17 +1,15 @@
 """What chapter 04 draws: quantiles, the two half grids, the levels of all formats, and the game of placing them."""
 
-from functools import cache
-from pathlib import Path
 from statistics import NormalDist
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_edu import codebooks, formats, lloyd, normalised
 from qlora_edu.plots.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
+from qlora_edu.stored import normals as stored_normals
 
 NORMAL = NormalDist()
 BLOCK_SIZES = (32, 64, 256, 1024, 4096)
@@ -65,12 +63,6 @@ def strips(rows: dict[str, Tensor], height: float = 0.36) -> Figure:
     axes.set(xlim=(-1.03, 1.03), ylim=(len(rows) - 0.5, -0.5), xlabel="level, in units of the block's absmax")
     axes.grid(axis="y", visible=False)
     return figure
-
-
-@cache
-def stored_normals() -> Tensor:
-    """65,536 numbers from N(0, 1), the same bits on every machine."""
-    return load_file(Path(__file__).parents[1] / "data" / "normals.safetensors")["normals"]
 
 
 def usage(block_size: int = 64, format: str = "nf4") -> Figure:

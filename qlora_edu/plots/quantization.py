@@ -1,29 +1,21 @@
 """Chapter 03: what rounding to a grid does, in pictures. Every function returns a figure and computes what it shows."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_edu import rounding
 from qlora_edu.plots.figures import BLUE, CARD, GREEN, INK, ORANGE, PALETTE, VERMILLION
+from qlora_edu.stored import normals
 
 ROWS, COLUMNS, BLOCK = 8, 64, 16  # the small tensor of `outlier`
 FIRST = 61 * 512  # 512 of the normal numbers whose largest, 3.1, is no outlier
 OUTLIER = (3, 21)  # where its outlier stands: row 3, column 21, the second block of that row
-
-
-@cache
-def normals() -> Tensor:
-    """65,536 numbers from N(0, 1), float32, the same on every machine. They are shared: do not write to them."""
-    return load_file(Path(__file__).parents[1] / "data" / "normals.safetensors")["normals"]
 
 
 def shades(values: Sequence[float]) -> list[str]:
