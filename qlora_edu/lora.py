@@ -149,9 +149,9 @@ def check_options(r: int, alpha: float, dropout: float, compute_dtype: torch.dty
         raise ValueError(f"compute_dtype: expected a floating-point dtype or None; got {compute_dtype}")
     if not isinstance(r, int) or isinstance(r, bool) or r < 1:
         raise ValueError(f"r: expected a whole number of at least 1; got {r!r}")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"alpha: expected a finite number; got {alpha!r}")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1); got {dropout!r}")
 
 
@@ -189,21 +189,30 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Modul
     """The linear layers whose name ends in one of `targets`, by name.
 
     Raises:
-        TypeError: if `targets` is a single string, or one of these layers is not linear.
-        ValueError: if there is none, or the model has LoRA layers already.
+        TypeError: if `targets` is no list of names, or one of these layers is not linear.
+        ValueError: if one of the names fits no layer, or the model has LoRA layers already.
     """
+    check_targets(targets)
+    if lora_layers(model):
+        raise ValueError("model: has LoRA layers already; load a fresh one, or remove them first")
+    found = {name: module for name, module in model.named_modules() if name.split(".")[-1] in set(targets)}
+    if missing := set(targets) - {name.split(".")[-1] for name in found}:
+        raise ValueError(f"targets: no layer's name ends in {' or '.join(map(repr, sorted(missing)))}")
+    for name, module in found.items():
+        check_linear(name, module)
+    return found
+
+
+def check_targets(targets: Sequence[str]) -> None:
+    """Raise unless this is a sequence of names, one at least."""
     if isinstance(targets, str):
         raise TypeError(
             f"targets: expected a list of names; got the string {targets!r}. Write [{targets!r}]."
         )
-    if lora_layers(model):
-        raise ValueError("model: has LoRA layers already; load a fresh one, or remove them first")
-    found = {name: module for name, module in model.named_modules() if name.split(".")[-1] in set(targets)}
-    if not found:
-        raise ValueError(f"targets: no layer's name ends in any of {tuple(targets)}")
-    for name, module in found.items():
-        check_linear(name, module)
-    return found
+    if not isinstance(targets, Sequence | set | frozenset) or not all(isinstance(t, str) for t in targets):
+        raise TypeError(f"targets: expected a list of names, such as ['q_proj', 'v_proj']; got {targets!r}")
+    if not targets:
+        raise ValueError("targets: expected at least one name; got none")
 
 
 def layer_for(base: nn.Module) -> type[LoRALinear]:

@@ -150,7 +150,9 @@ def paired_standard_error(nll_a: Tensor, nll_b: Tensor, lengths: Sequence[int] |
 
 
 def _device(model: nn.Module) -> torch.device:
-    device = next(model.parameters()).device
+    if (parameter := next(model.parameters(), None)) is None:
+        raise ValueError("model: expected a language model; got a module without parameters.")
+    device = parameter.device
     if device.type == "meta":
         raise ValueError(
             "model: expected one with weights; got one on the meta device. Load it, such as with models.load."

@@ -6,6 +6,7 @@
 `progress.record()` shows all of them. Nothing depends on them.
 """
 
+import math
 from types import EllipsisType
 
 from qlora_edu import progress
@@ -18,13 +19,15 @@ def predict(id: str, value: float | EllipsisType = ..., unit: str = "") -> None:
     """Write a prediction down. With `...` in the place of a number it only reminds you to make one.
 
     Raises:
-        TypeError: if `value` is no number.
+        TypeError: if `value` is no number. ValueError: if it is NaN or infinite.
     """
     if value is ...:
         print("No prediction yet. Put a number in the place of ... and run the cell again, or go on without.")
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"value: expected a number; got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"value: expected a finite number; got {value!r}")
     print(f"Written down: {with_unit(value, unit)}.")
     progress.keep(id, value=value, unit=unit)
 

@@ -113,6 +113,11 @@ def round_to_integer(
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}; got {rounding!r}.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None; got {generator!r}. "
+            "Write torch.Generator().manual_seed(0)."
+        )
     if rounding == "nearest":
         return x.round()
     if rounding == "truncate":
@@ -166,6 +171,8 @@ def relative_rmse(weight: Tensor, approximation: Tensor) -> float:
             f"approximation: expected shape {tuple(weight.shape)}; got {tuple(approximation.shape)}. "
             "Compare tensors of one shape."
         )
+    if weight.is_meta or approximation.is_meta:
+        raise ValueError("weight, approximation: expected tensors with values; got one on the meta device.")
     w = weight.detach().double()
     size = w.norm().item()
     if size == 0:

@@ -296,8 +296,13 @@ class TestAddLora:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"targets": ["qproj"]}, ValueError, r"targets: no layer's name ends in any of \('qproj',\)"),
-            ({"targets": []}, ValueError, "targets: no layer's name"),
+            ({"targets": ["qproj"]}, ValueError, r"targets: no layer's name ends in 'qproj'"),
+            ({"targets": ["q_proj", "vproj", "typo"]}, ValueError, "name ends in 'typo' or 'vproj'"),
+            ({"targets": None}, TypeError, "targets: expected a list of names, such as"),
+            ({"targets": [1]}, TypeError, "targets: expected a list of names, such as"),
+            ({"alpha": True}, ValueError, "alpha: expected a finite number; got True"),
+            ({"dropout": False}, ValueError, "dropout: expected a probability"),
+            ({"targets": []}, ValueError, "targets: expected at least one name"),
             ({"targets": "q_proj"}, TypeError, r"targets: expected a list of names; .*Write \['q_proj'\]"),
             ({"targets": ["q_proj", "mlp"]}, TypeError, r"mlp: expected a linear layer"),
             ({"targets": ["embed_tokens"]}, TypeError, r"embed_tokens: expected a linear layer"),

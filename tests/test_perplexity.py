@@ -163,6 +163,8 @@ def test_models_that_cannot_be_scored(tiny):
         perplexity.token_nll(model.train(), tokenizer, SHORT)
     with pytest.raises(ValueError, match="meta device"):
         perplexity.token_nll(models.tiny()[0].to("meta"), tokenizer, SHORT)
+    with pytest.raises(ValueError, match="a module without parameters"):
+        perplexity.token_nll(torch.nn.ReLU().eval(), tokenizer, SHORT)
     model.eval().model.norm.weight.data[3] = math.nan
     with pytest.raises(ValueError, match=r"NaN or Inf for passages\[0\]"):
         perplexity.token_nll(model, tokenizer, SHORT)

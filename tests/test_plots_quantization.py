@@ -90,7 +90,9 @@ def test_every_control_changes_the_picture(capsys):
 
 
 def test_bits_against_error_draws_the_points_in_order_of_their_bits():
-    figure = pictures.bits_against_error({"a": {"x": [(5.0, 0.1), (4.0, 0.2)]}, "b": {"x": [(4.0, 0.3)]}})
+    panels = {"a": {"x": [(5.0, 0.1), (4.0, 0.2)]}, "b": {"x": [(4.0, 0.3)]}}
+    figure = pictures.bits_against_error(panels, {4.0: "a row"})
+    assert [text.get_text() for ax in figure.axes for text in ax.texts] == ["a row", "a row"]
     x, y = figure.axes[0].lines[0].get_data()
     assert list(x) == [4.0, 5.0] and list(y) == [20.0, 10.0]
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["a", "b"]

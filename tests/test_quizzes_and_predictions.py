@@ -104,6 +104,12 @@ def test_a_prediction_is_a_number(progress, value):
         predict("x", value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_prediction_is_finite(progress, value):
+    with pytest.raises(ValueError, match="expected a finite number"):
+        predict("x", value)
+
+
 def test_the_record_shows_what_was_predicted_and_what_came_out(progress, monkeypatch):
     predict("01-memory", 60, unit="GB")
     outcome("01-memory", 48.0)

@@ -241,6 +241,11 @@ WRONG = [
     ],
     ({"granularity": "column"}, ValueError, r"granularity: expected one of tensor, row, block; got 'column'"),
     ({"rounding": "up"}, ValueError, r"rounding: expected one of nearest, stochastic, truncate; got 'up'"),
+    (
+        {"rounding": "stochastic", "generator": 0},
+        TypeError,
+        r"generator: expected a torch.Generator or None; got 0",
+    ),
 ]
 
 

@@ -57,8 +57,9 @@ def gaps() -> dict[str, float]:
 @recomputes("nf4-beats-int4-fp4")
 def perplexity_with_each() -> dict[str, float]:
     """Perplexity of SmolLM2 with weights in each format over that without rounding."""
-    nf4, fp4, int4 = (_ratio(name) for name in ("NF4", "FP4", "INT4 absmax"))
-    return {"best": nf4 < fp4 and nf4 < int4, "nf4": nf4, "fp4": fp4, "int4": int4}
+    names = {"nf4": "NF4", "e2m1": "E2M1", "fp4": "FP4", "int4": "INT4 absmax"}
+    ratios = {key: _ratio(name) for key, name in names.items()}
+    return {"best": min(ratios, key=ratios.get) == "nf4"} | ratios
 
 
 @recomputes("nf4-beats-any-int4")

@@ -120,17 +120,25 @@ def outlier(size: float, granularity: str, bits: int) -> Figure:
     return figure
 
 
-def bits_against_error(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Figure:
+def bits_against_error(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    names: Mapping[float, str] | None = None,
+) -> Figure:
     """What a smaller block costs and what it brings.
 
     Args:
         panels: {title: {"INT4 absmax": [(bits per weight, relative RMSE), ...], ...}}.
+        names: what to write beside the points of the first line, by their bits per weight.
     """
     figure, axes = plt.subplots(1, len(panels), figsize=(7, 3.8), sharey=True, squeeze=False)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for color, marker, (name, points) in zip(PALETTE, "osD^vP", curves.items(), strict=False):
             bits, error = zip(*sorted(points), strict=True)
             ax.plot(bits, 100 * np.array(error), marker=marker, markersize=5, color=color, label=name)
+        first = next(iter(curves.values()))
+        for bits, error in first:
+            if text := (names or {}).get(bits):
+                ax.annotate(text, (bits, 100 * error), xytext=(3, 5), textcoords="offset points", fontsize=8)
         ax.set(title=title, xlabel="bits per weight, scales included", ylim=(0, None))
     axes[0][0].set_ylabel("relative RMSE, %")
     handles, labels = axes[0][0].get_legend_handles_labels()
