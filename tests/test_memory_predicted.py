@@ -1,5 +1,7 @@
 """Predicted bytes, against counts by hand, transformers' own tensors and what autograd keeps."""
 
+import json
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -74,8 +76,53 @@ def test_the_config_that_is_given_stays_as_it_was():
         ({"dtype": torch.int8}, "dtype: expected"),
         ({"scored": 10_000}, "scored: expected 0 to 511 tokens"),
         ({"method": "full", "loss": "answer"}, "loss: expected 'library'"),
+        ({"checkpointing": "False"}, "checkpointing: expected True or False; got 'False'"),
+        ({"double_quant": 1}, "double_quant: expected True or False; got 1"),
+        ({"master_weights": True}, "master_weights: what is trained has 32 bits already"),
+        ({"batch": None}, "batch: expected a whole number"),
+        ({"method": "full", "rank": 0}, "rank: expected a whole number"),
+        ({"method": "lora", "block_size": 63}, "block_size: expected one of"),
+        ({"targets": ["q_porj"]}, "targets: expected names among"),
+        ({"targets": []}, "targets: expected at least one name"),
     ],
 )
 def test_an_argument_that_is_none_of_these_is_named(changes, says):
     with pytest.raises(ValueError, match=says):
         memory.predict("llama-7b", **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"model_type": "llama", "hiden_size": 64}, "no setting 'hiden_size'. Was 'hidden_size' meant"),
+        ({"model_type": "lama"}, "such as llama"),
+        ({}, '"model_type"'),
+        ("", "got ''"),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_mistyped_is_refused(model, says):
+    with pytest.raises(ValueError, match=says):
+        memory.predict(model)
+
+
+def test_a_models_own_config_file_is_taken_as_it_is():
+    config = LlamaConfig(hidden_size=64, intermediate_size=192, num_hidden_layers=1, vocab_size=100)
+    written = json.loads(config.to_json_string(use_diff=False)) | {"torch_dtype": "bfloat16", "auto_map": {}}
+    assert memory.shape_of(written).parameters == memory.shape_of(config).parameters
+
+
+@pytest.mark.parametrize("changes", [{"rows": -2}, {"length": 0}, {"rank": True}, {"itemsize": 3}], ids=str)
+def test_a_pass_through_the_model_has_a_size(changes):
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}: expected"):
+        Work(**changes)
+
+
+def test_activations_of_a_mistyped_target_are_refused():
+    with pytest.raises(ValueError, match=r"targets: expected some of .*; got q_porj"):
+        activations.kept(memory.shape_of("llama-7b"), Work(targets=frozenset({"q_porj"})))
+
+
+def test_a_timeline_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="stages: expected at least one function"):
+        memory.timeline({})

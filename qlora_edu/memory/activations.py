@@ -35,6 +35,14 @@ class Work:
     rank: int = 8
     targets: frozenset[str] = frozenset(LLAMA_LINEARS)
 
+    def __post_init__(self):
+        for name in ("rows", "length", "rank"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a whole number of at least 1; got {value!r}")
+        if self.itemsize not in (2, 4):
+            raise ValueError(f"itemsize: expected 2 or 4 bytes; got {self.itemsize!r}")
+
     @property
     def tokens(self) -> int:
         return self.rows * self.length
@@ -129,6 +137,10 @@ def kept(shape: Shape, work: Work, checkpointing: bool = False) -> int:
 
     L blocks as in `block`, the first without a gradient for its input; or what `checkpointed` says.
     """
+    if unknown := work.targets - set(LLAMA_LINEARS):
+        raise ValueError(
+            f"targets: expected some of {', '.join(LLAMA_LINEARS)}; got {', '.join(map(str, unknown))}"
+        )
     edge = sum(outside(shape, work).values())
     if checkpointing:
         return edge + sum(checkpointed(shape, work).values())

@@ -28,7 +28,8 @@ def resident() -> int:
 class PeakMemory:
     """Watches this process from entering to leaving: `bytes` is the largest resident size, `before` that at the start.
 
-    Resident memory is what really occupies RAM. It is sampled every 2 ms, and read once more at the end.
+    Resident memory is what really occupies RAM. It is sampled every 2 ms, so that what lives for a shorter
+    time can be missed, and read once more at the end.
     """
 
     def __enter__(self) -> "PeakMemory":

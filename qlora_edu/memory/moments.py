@@ -3,11 +3,11 @@
 Activations grow through the forward pass and shrink through the backward pass, gradients do the opposite, and the
 temporaries of one operation last as long as it does. So the peak is the largest of a few candidates:
 
-    loss            all activations, and the logits
-    last norm       all activations; the first thing that backward does after the loss
-    last block      all activations, and the temporaries of backward through its feed-forward half or its attention
-    first block     the same with all gradients, and the activations of this one block
-    update          all gradients, no activations, AdamW's two temporaries of the largest tensor
+    loss                    all activations, and the logits
+    last norm               all activations; the first thing that backward does after the loss
+    backward, last block    all activations, and the temporaries of its feed-forward half or its attention
+    backward, first block   the same with all gradients, and the activations of this one block
+    update                  all gradients, no activations, AdamW's two temporaries of the largest tensor
 
 Not modelled: the temporaries of decoding, 0.75 MiB and with double quantization 8 bytes a block of the matrix, which
 come and go at other moments; tensors of a few bytes.
@@ -137,9 +137,9 @@ def candidates(step: Step, trained: list[int], width: int) -> dict[str, dict[str
         "loss": moment(0, kept, step.loss.peak),
         "output layer": moment(output, kept, step.loss.output),
         "last norm": moment(output, kept, last_norm(shape, work)),
-        "last block, feed-forward": moment(output + down, kept - norm + again - used, forward),
-        "last block, attention": moment(output + half, kept - norm + again - gone, attention),
-        "first block, feed-forward": moment(everything - behind, first - used, forward),
-        "first block, attention": moment(everything - before, first - gone, attention),
+        "backward, last block, feed-forward": moment(output + down, kept - norm + again - used, forward),
+        "backward, last block, attention": moment(output + half, kept - norm + again - gone, attention),
+        "backward, first block, feed-forward": moment(everything - behind, first - used, forward),
+        "backward, first block, attention": moment(everything - before, first - gone, attention),
         "update": moment(everything, 0, 2 * width * max(trained)),
     }

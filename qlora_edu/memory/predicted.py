@@ -112,15 +112,27 @@ def predict(
     shape = shape_of(model, download)
     full = method == "full"
     loss = loss or ("library" if full else "answer")
+    switches = {
+        "double_quant": double_quant,
+        "master_weights": master_weights,
+        "checkpointing": checkpointing,
+    }
+    _check(method, length, batch, dtype, adapter_dtype, switches)
     scored = batch * (length - 1) if scored is None else scored
-    _check(method, length, batch, dtype, adapter_dtype, loss, scored)
+    _check_loss(method, loss, scored, batch * (length - 1))
     activations.check(shape)
+    adapter, base = (
+        parts.adapter_sizes(shape, rank, targets),
+        parts.quantized(shape, block_size, double_quant),
+    )
 
-    trained = shape.sizes if full else parts.adapter_sizes(shape, rank, targets)
+    trained = shape.sizes if full else adapter
     width = dtype.itemsize if full else adapter_dtype.itemsize
+    if master_weights and width == 4:
+        raise ValueError("master_weights: what is trained has 32 bits already, and needs no copy of 32 bits")
     still = dict.fromkeys(PARTS, 0)
     if method == "qlora":
-        still |= parts.quantized(shape, block_size, double_quant)
+        still |= base
         still["unquantized weights"] = dtype.itemsize * sum(shape.other)
     else:
         still["unquantized weights"] = dtype.itemsize * shape.parameters
@@ -140,7 +152,7 @@ def predict(
     return Memory(shape, method, most, fullest, step.scratch)
 
 
-def _check(method, length, batch, dtype, adapter_dtype, loss, scored) -> None:
+def _check(method, length, batch, dtype, adapter_dtype, switches: dict[str, bool]) -> None:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
     for name, value in (("length", length), ("batch", batch)):
@@ -149,7 +161,13 @@ def _check(method, length, batch, dtype, adapter_dtype, loss, scored) -> None:
     for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
         if value not in FLOATS:
             raise ValueError(f"{name}: expected torch.float32, bfloat16 or float16; got {value!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False; got {value!r}")
+
+
+def _check_loss(method: str, loss: str, scored: int, most: int) -> None:
     if loss not in moments.LOSSES or (method == "full" and loss == "answer"):
         raise ValueError(f"loss: expected 'library', or 'answer' if the output layer is frozen; got {loss!r}")
-    if isinstance(scored, bool) or not isinstance(scored, int) or not 0 <= scored <= batch * (length - 1):
-        raise ValueError(f"scored: expected 0 to {batch * (length - 1)} tokens; got {scored!r}")
+    if isinstance(scored, bool) or not isinstance(scored, int) or not 0 <= scored <= most:
+        raise ValueError(f"scored: expected 0 to {most} tokens; got {scored!r}")

@@ -4,6 +4,7 @@ Counted on the meta device, where a tensor has a shape and no memory, so that an
 """
 
 import copy
+import difflib
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from qlora_edu.lora import check_targets
 
 # d, f, L, h, kv, V, tied: width, width of the feed-forward layer, layers, heads, heads of keys and values, vocabulary,
 # and whether the output layer is the embedding again. LLaMA: arXiv 2302.13971, table 2, and its released configs;
@@ -83,17 +86,14 @@ class Shape:
         """The linear layers whose name ends in one of `names`.
 
         Raises:
-            TypeError: if `names` is a single string. ValueError: if no layer has one of these names.
+            TypeError: if `names` is no list of names. ValueError: if one of them fits no layer.
         """
-        if isinstance(names, str):
-            raise TypeError(
-                f"targets: expected a list of names; got the string {names!r}. Write [{names!r}]."
-            )
+        check_targets(names)
         have = {name.split(".")[-1] for name, _, _ in self.linears}
         unknown = sorted(set(names) - have)
-        if unknown or not names:
+        if unknown:
             raise ValueError(
-                f"targets: expected names among {', '.join(sorted(have))}; got {', '.join(unknown) or 'none'}"
+                f"targets: expected names among {', '.join(sorted(have))}; got {', '.join(unknown)}"
             )
         return [linear for linear in self.linears if linear[0].split(".")[-1] in set(names)]
 
@@ -132,15 +132,13 @@ def config_of(model, download: bool = False):
     if isinstance(model, PreTrainedConfig):
         return copy.deepcopy(model)
     if isinstance(model, Mapping):
-        if "model_type" not in model:
-            raise ValueError(
-                'model: expected a config dict with "model_type", such as {"model_type": "llama", ...}'
-            )
-        return AutoConfig.for_model(**model)
+        return _from_settings(model)
     if not isinstance(model, str | os.PathLike):
         raise TypeError(
             f"model: expected a name, a folder, a config, a dict or a transformers model; got {type(model).__name__}"
         )
+    if not str(model):
+        raise ValueError(f"model: expected one of {', '.join(NAMED)}, a folder or 'owner/name'; got ''")
     if model in NAMED:
         return LlamaConfig(**NAMED[model])
     folder = Path(os.path.expanduser(model))
@@ -155,6 +153,22 @@ def config_of(model, download: bool = False):
     if not download:
         raise ValueError(f"model: {model!r} is a hub id. Pass download=True to fetch its config.json.")
     return AutoConfig.from_pretrained(model, trust_remote_code=False)
+
+
+def _from_settings(settings: Mapping):
+    """A transformers config from its dict. A mistyped setting, which transformers would let pass, is refused."""
+    from transformers import CONFIG_MAPPING
+
+    kind = settings.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING.keys(), n=3) or ["llama"]
+        raise ValueError(f'model: expected a dict with "model_type", such as {", ".join(near)}; got {kind!r}')
+    config = CONFIG_MAPPING[kind](**{name: value for name, value in settings.items() if name != "model_type"})
+    known = {*CONFIG_MAPPING[kind]().to_dict(), *(config.attribute_map or {})}
+    for name in set(settings) - known:
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise ValueError(f"model: {kind!r} has no setting {name!r}. Was {near[0]!r} meant?")
+    return config
 
 
 @lru_cache(maxsize=64)

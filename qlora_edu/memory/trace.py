@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qlora_edu.lora import add_lora
 from qlora_edu.memory.activations import Work
-from qlora_edu.memory.shapes import Shape, on_meta
+from qlora_edu.memory.shapes import on_meta, shape_of
 
 
 def kept_by_forward(model: nn.Module, forward: Callable[[], object]) -> dict[tuple, int]:
@@ -45,11 +45,13 @@ def kept_by_forward(model: nn.Module, forward: Callable[[], object]) -> dict[tup
     return found
 
 
-def kept_on_meta(shape: Shape, work: Work) -> dict[tuple, int]:
+def kept_on_meta(model, work: Work) -> dict[tuple, int]:
     """`kept_by_forward` of transformers' own model of this shape, on the meta device, up to its last norm.
 
     It needs no formula, so it serves any architecture whose linear layers have the names in `work.targets`.
+    model: as in `shapes.shape_of`.
     """
+    shape = shape_of(model)
     dtype = {2: torch.bfloat16, 4: torch.float32}[work.itemsize]
     model = on_meta(shape.config).train().requires_grad_(True)
     for parameter in model.parameters():
@@ -92,6 +94,8 @@ def timeline(stages: dict[str, Callable[[], object]]) -> Timeline:
 
     Uses torch's profiler, which reports each allocation and release on the CPU with its size and time.
     """
+    if not stages:
+        raise ValueError("stages: expected at least one function, by name; got none")
     from torch.profiler import ProfilerActivity, profile, record_function
 
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:

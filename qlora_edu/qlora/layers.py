@@ -55,7 +55,7 @@ class NF4Linear(nn.Module):
         if len(quantized.shape) != 2:
             raise ValueError(f"quantized: expected a matrix (out, in); got shape {quantized.shape}")
         if compute_dtype not in FLOATS:
-            raise ValueError(f"compute_dtype: expected float32, bfloat16 or float16; got {compute_dtype}")
+            raise ValueError(f"compute_dtype: expected float32, bfloat16 or float16; got {compute_dtype!r}")
         self.quantized = quantized
         self.out_features, self.in_features = quantized.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
