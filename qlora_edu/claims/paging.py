@@ -110,7 +110,12 @@ def everything_moves_in_every_step() -> dict[str, float]:
     found = scaled.step_of("llama-65b", 512)
     seconds = 2 * found.parts["optimizer"] / GB / scaled.BUS
     step = 6 * found.shape.parameters * STEP_TOKENS / FLOPS
-    return {"states": found.parts["optimizer"] / GB, "moving": seconds, "step": step, "share": 100 * seconds / step}
+    return {
+        "states": found.parts["optimizer"] / GB,
+        "moving": seconds,
+        "step": step,
+        "share": 100 * seconds / step,
+    }
 
 
 @recomputes("paging-critical")
