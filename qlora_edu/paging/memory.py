@@ -3,8 +3,7 @@
     memory = UnifiedMemory(budget=64 * 1024, page=16 * 1024)     a device with room for four pages
     block = memory.allocate(50_000, name="exp_avg")               managed: four pages, in host RAM at first
     (view,) = memory.touch((block, 0))                            a fault: page 0 moves to the device
-    with memory.holding(40_000, "activations"):                   ordinary memory: three pages' room, evicts if it must
-        ...
+    with memory.holding(40_000, "activations"): ...               ordinary memory: three pages' room
 
 What moves is real: device and host are different buffers, and what a page leaves behind is overwritten with bytes
 that read as NaN in any float. An eviction that lost something would show in the numbers.
@@ -132,20 +131,21 @@ class UnifiedMemory:
         return [self._device[block.frames[index]] for block, index in pages]
 
     def prefetch(self, *pages: tuple[Block, int]) -> None:
-        """Move managed pages to the device before they are needed, in this order: no faults, the same bytes."""
+        """Move managed pages to the device before they are touched, in this order: no faults, the same bytes."""
         for block, index in pages:
             self._check(block, index)
         room = self.budget // self.page > self._pinned_frames
         for block, index in pages:
-            if room and not block.pinned and index not in block.frames:
-                self._move_in(block, index, "prefetch")
+            if room and not block.pinned:
+                if index not in block.frames:
+                    self._move_in(block, index, "prefetch")
+                self._managed.move_to_end((block, index))
 
     def read(self, block: Block) -> Tensor:
         """A copy of a block's bytes, uint8 (nbytes,), wherever they are. Moves nothing, as a debugger would."""
         self._check(block)
-        rows = [
-            self._device[block.frames[i]] if i in block.frames else block.host[i] for i in range(block.pages)
-        ]
+        device, frames = self._device, block.frames
+        rows = [device[frames[i]] if i in frames else block.host[i] for i in range(block.pages)]
         return torch.cat(rows)[: block.nbytes]
 
     def write(self, block: Block, data: Tensor) -> None:

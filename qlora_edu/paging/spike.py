@@ -15,7 +15,6 @@ from qlora_edu.tasks import tool_calls
 from qlora_edu.training import Batch, Encoded, encode_all
 from qlora_edu.training import steps as draw_steps
 
-
 LONG = 256  # tokens of the long row
 
 

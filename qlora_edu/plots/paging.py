@@ -146,7 +146,8 @@ def card(
     _areas(axes, memory.timeline, still.parts["optimizer"] / scale, base, GB / scale)
     budget = memory.budget * scale / GB
     axes.axhline(budget, color=INK, linewidth=1.2, linestyle="--")
-    title = f"faults {memory.faults:,}, in {moved[0]:.2f}, out {moved[1]:.2f} GB, {sum(moved) / scaled.BUS:.2f} s at {scaled.BUS:g} GB/s"
+    cost = f"{sum(moved) / scaled.BUS:.2f} s at {scaled.BUS:g} GB/s"
+    title = f"faults {memory.faults:,}, in {moved[0]:.2f}, out {moved[1]:.2f} GB, {cost}"
     axes.set_title(title, fontsize=10)
     if out.failed is not None:
         axes.text(max(out.failed, 1) + 0.1, 0.5 * budget, "does not fit", color=VERMILLION, fontweight="bold")

@@ -35,20 +35,23 @@ def lengths(models: Mapping[str, float], up_to: int = 4096) -> Figure:
 
 
 def over_steps(line: Timeline, states: float, batches: Sequence[tuple[int, int]]) -> Figure:
-    """Bytes in the allocator over several steps of the real model, each as wide as it took, above the states."""
+    """Bytes in the allocator over several steps of the real model, drawn equally wide, above the optimizer's states."""
     figure, axes = plt.subplots(figsize=(7, 3.0))
-    end = line.seconds[-1]
-    x = [100 * second / end for second in line.seconds]
-    axes.fill_between(
-        x, states / MB, [(states + b) / MB for b in line.bytes], step="post", color=GREEN, linewidth=0
-    )
-    axes.fill_between([0, 100], states / MB, color=ORANGE, linewidth=0)
-    top = (line.peak + states) / MB
-    starts = [100 * at / end for _, at in line.marks] + [100]
-    for (rows, length), start, stop in zip(batches, starts, starts[1:], strict=False):
-        axes.axvline(start, color=INK, linewidth=0.8, linestyle=":")
-        axes.text((start + stop) / 2, 1.04 * top, f"{rows} × {length}", ha="center", fontsize=9)
-    axes.set(xlabel="time, % of all steps", ylabel="MB", xlim=(0, 100), ylim=(0, 1.14 * top))
+    starts = [at for _, at in line.marks] + [line.seconds[-1] + 1e-9]
+    x, step = [], 0
+    for second in line.seconds:
+        while step < len(batches) - 1 and second >= starts[step + 1]:
+            step += 1
+        x.append(1 + step + (second - starts[step]) / (starts[step + 1] - starts[step]))
+    total = [(states + size) / MB for size in line.bytes]
+    axes.fill_between(x, states / MB, total, step="post", color=GREEN, linewidth=0)
+    axes.fill_between([1, 1 + len(batches)], states / MB, color=ORANGE, linewidth=0)
+    top = max(total)
+    for number, (rows, length) in enumerate(batches, start=1):
+        axes.text(number + 0.5, 1.04 * top, f"{rows} × {length}", ha="center", fontsize=9)
+    axes.set(xticks=[number + 0.5 for number in range(1, 1 + len(batches))])
+    axes.set_xticklabels(range(1, 1 + len(batches)))
+    axes.set(xlabel="step", ylabel="MB", xlim=(1, 1 + len(batches)), ylim=(0, 1.14 * top))
     legend(figure, {"AdamW's states": ORANGE, "what comes and goes": GREEN})
     return figure
 
