@@ -1,0 +1,61 @@
+"""Which page should make room? Policies counted on a sequence of touches alone: no bytes, only faults.
+
+A device has `frames` places. A touch of a page that has no place is a fault, and if no place is free, one page leaves.
+"""
+
+from collections.abc import Hashable, Sequence
+
+POLICIES = ("lru", "mru", "optimal")
+
+
+def faults(touches: Sequence[Hashable], frames: int, policy: str = "lru") -> list[bool]:
+    """Whether each touch is a fault, with a device that is empty at first.
+
+    Args:
+        touches: pages, in the order in which they are used.
+        frames: places on the device.
+        policy: the page that leaves is the one not touched for longest ("lru"), the one touched last ("mru"), or the
+            one that is needed last in the future ("optimal", Belady 1966), which nothing can do better than, and no
+            driver can know.
+
+    >>> faults("abcabc", 2), sum(faults("abcabc", 2, "mru")), sum(faults("abcabc", 2, "optimal"))
+    ([True, True, True, True, True, True], 4, 4)
+    """
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+        raise ValueError(f"frames: expected a whole number of at least 1; got {frames!r}")
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}")
+    following = _next_use(touches) if policy == "optimal" else [0] * len(touches)
+    resident: dict[Hashable, int] = {}  # page -> when it is needed next; last touched stands last
+    found = []
+    for page, later in zip(touches, following, strict=True):
+        found.append(page not in resident)
+        if page not in resident and len(resident) == frames:
+            del resident[_victim(resident, policy)]
+        resident.pop(page, None)
+        resident[page] = later
+    return found
+
+
+def _victim(resident: dict[Hashable, int], policy: str) -> Hashable:
+    if policy == "optimal":
+        return max(resident, key=resident.__getitem__)
+    return next(iter(resident) if policy == "lru" else reversed(resident))
+
+
+def _next_use(touches: Sequence[Hashable]) -> list[int]:
+    """For each touch, the position of the next one of the same page; the length of the sequence if there is none."""
+    later, following = {}, []
+    for at in range(len(touches) - 1, -1, -1):
+        following.append(later.get(touches[at], len(touches)))
+        later[touches[at]] = at
+    return following[::-1]
+
+
+def sweep(pages: int, rounds: int) -> list[int]:
+    """The touches of an optimizer: every page in order, and again in each of `rounds` steps.
+
+    >>> sweep(3, 2)
+    [0, 1, 2, 0, 1, 2]
+    """
+    return list(range(pages)) * rounds
