@@ -25,7 +25,7 @@ def data_flow() -> Figure:
     boxes = {
         # name: (x, y, width, text, ground)
         "packed": (1.9, 5.6, 2.3, "codes and scales\n4.127 bits a weight", _STORED),
-        "W": (5.15, 5.6, 1.9, "W\n16 bits, for a moment", _BRIEF),
+        "W": (5.15, 5.6, 2.3, "W\n16 bits, for a moment", _BRIEF),
         "x": (0.75, 3.9, 1.3, "x", _KEPT),
         "xW": (5.15, 3.9, 1.5, "x Wᵀ", _PASSING),
         "h": (3.1, 2.75, 1.3, "x Aᵀ", _KEPT),
@@ -33,7 +33,7 @@ def data_flow() -> Figure:
         "y": (8.6, 3.9, 1.3, "y", _PASSING),
         "dy": (8.6, 1.1, 1.3, "dy", _PASSING),
         "dyW": (5.15, 1.1, 1.5, "dy W", _PASSING),
-        "W2": (5.15, -0.35, 1.9, "W\ndecoded once more", _BRIEF),
+        "W2": (5.15, -0.35, 2.3, "W\ndecoded once more", _BRIEF),
         "dx": (0.75, 1.1, 1.3, "dx", _PASSING),
         "dAB": (8.6, -0.35, 1.9, "dA, dB\nfrom dy, x, x Aᵀ", _PASSING),
     }
@@ -58,7 +58,7 @@ def data_flow() -> Figure:
         _arrow(axes, boxes[start], boxes[stop])
     axes.plot([1.9, 1.9], [5.2, -0.35], color=BLUE, lw=1.2, ls=":", zorder=0)  # the codes are used again
     axes.annotate(
-        "", (4.15, -0.35), (1.9, -0.35), arrowprops={"arrowstyle": "->", "color": BLUE, "ls": ":", "lw": 1.2}
+        "", (3.97, -0.35), (1.9, -0.35), arrowprops={"arrowstyle": "->", "color": BLUE, "ls": ":", "lw": 1.2}
     )
     axes.text(3.55, 5.72, "decode", ha="center", fontsize=8.5)
     axes.text(3.0, -0.23, "decode", ha="center", fontsize=8.5)
