@@ -53,9 +53,7 @@ def agreement(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[
 def whole(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[float, float]:
     """(cosine, ratio) of all matrices taken as one long vector. Errors as in `agreement`."""
     agreement(ours, theirs)
-    return _pair(
-        "all", *(torch.cat([of[name].flatten().double() for name in ours]) for of in (ours, theirs))
-    )
+    return _pair("all", *(torch.cat([of[name].flatten().double() for name in ours]) for of in (ours, theirs)))
 
 
 def middle(pairs: Mapping[str, tuple[float, float]], ending: str = "") -> tuple[float, float]:

@@ -10,7 +10,6 @@ from torch import nn
 
 from qlora_edu import counts, lora, memory, models, qlora, reference
 from qlora_edu.claims.ledger import recomputes
-from qlora_edu.memory.activations import Work
 from qlora_edu.memory.parts import adapter_sizes, quantized
 from qlora_edu.memory.shapes import Shape, on_meta, shape_of
 
@@ -187,9 +186,7 @@ def kept_by_peft(name: str, rows: int, length: int, prepared: bool, adapter: tor
     ids = torch.zeros(rows, length, dtype=torch.int64, device="meta")
     mask = torch.zeros(rows, 1, length, length, dtype=stream, device="meta")
     decoder = model.get_decoder()
-    kept = memory.kept_by_forward(
-        model, lambda: decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-    )
+    kept = memory.kept_by_forward(model, lambda: decoder(input_ids=ids, attention_mask=mask, use_cache=False))
     return sum(kept.values())
 
 

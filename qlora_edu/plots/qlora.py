@@ -16,6 +16,13 @@ from qlora_edu.plots.figures import BLUE, CARD, GREEN, INK, ORANGE, PURPLE, SKY,
 
 MB = 1e6
 COLORS = dict(zip(PARTS, (VERMILLION, GREEN, SKY, PURPLE, ORANGE), strict=True))
+BARS = {
+    "linear weights": BLUE,
+    "decoded weights kept": VERMILLION,
+    "activations kept": GREEN,
+    "embedding and norms": ORANGE,
+    "adapter": SKY,
+}
 _STORED, _BRIEF, _KEPT, _PASSING = "#BBD9EE", "#FBE3CF", "#C4E8DB", CARD
 
 
@@ -65,7 +72,11 @@ def data_flow() -> Figure:
     axes.axhline(1.95, color=INK, lw=0.8, ls=":")
     axes.text(9.6, 2.05, "forward", ha="right", fontsize=9, style="italic")
     axes.text(9.6, 1.65, "backward", ha="right", fontsize=9, style="italic")
-    names = {"stays: 4 bits": _STORED, "kept for backward: 16 bits": _KEPT, "for one product: 16 bits": _BRIEF}
+    names = {
+        "stays: 4 bits": _STORED,
+        "kept for backward: 16 bits": _KEPT,
+        "for one product: 16 bits": _BRIEF,
+    }
     handles = [plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor=INK, lw=0.8) for c in names.values()]
     figure.legend(handles, names, loc="outside upper left", ncols=3, fontsize=9)
     axes.set(xlim=(0, 9.7), ylim=(-0.85, 6.1), xticks=[], yticks=[])
@@ -125,21 +136,26 @@ def kept_for_backward(
 
 
 def kept_bars(rows: Mapping[str, Mapping[str, float]]) -> Figure:
-    """A bar for each row, cut into parts in MB: {"naive": {"weights, 4 bits": 54.8, ...}, ...}."""
-    parts = list(dict.fromkeys(part for sizes in rows.values() for part in sizes))
-    palette = dict(zip(parts, (BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE), strict=False))
+    """A bar for each row, cut into parts of BARS in MB: {"by hand": {"linear weights": 54.8, ...}, ...}.
+
+    Raises:
+        ValueError: if there is no row, or a part is none of BARS.
+    """
+    parts = [part for part in BARS if any(part in sizes for sizes in rows.values())]
+    if not parts or any(part not in BARS for sizes in rows.values() for part in sizes):
+        raise ValueError(f"rows: expected parts among {', '.join(BARS)}, in at least one row")
     figure, axes = plt.subplots(figsize=(7, 1.3 + 0.46 * len(rows)))
     totals = [sum(sizes.values()) for sizes in rows.values()]
     for row, (sizes, total) in enumerate(zip(rows.values(), totals, strict=True)):
         left = 0.0
         for part, size in sizes.items():
-            axes.barh(row, size, left=left, color=palette[part])
+            axes.barh(row, size, left=left, color=BARS[part])
             left += size
         axes.text(total, row, f"  {total:,.0f}", va="center", fontsize=9.5)
     axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="MB", xlim=(0, 1.12 * max(totals)))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=palette[part]) for part in parts]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=BARS[part]) for part in parts]
     figure.legend(handles, parts, loc="outside upper left", ncols=len(parts), fontsize=9, columnspacing=1.2)
     return figure
 
@@ -164,7 +180,7 @@ def agreements(sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figu
         for i, axes in enumerate(panels):
             for block, found in by_block.items():
                 axes.plot(
-                    [block] * len(found), [p[i] for p in found], ".", color=color, ms=3, alpha=0.45, mew=0
+                    [block] * len(found), [p[i] for p in found], ".", color=color, ms=4.5, alpha=0.5, mew=0
                 )
             middle = [sorted(p[i] for p in by_block[b])[len(by_block[b]) // 2] for b in sorted(by_block)]
             (line,) = axes.plot(sorted(by_block), middle, color=color, lw=1.8)
