@@ -64,7 +64,7 @@ def test_agreements_draws_a_line_of_medians_for_each_source():
 def test_data_flow_names_what_is_kept_and_what_is_decoded():
     texts = [text.get_text() for text in drawings.data_flow().axes[0].texts]
     assert sum("decode" in text for text in texts) == 3
-    assert {"x", "x Aᵀ", "dx", "dy W"} <= set(texts)
+    assert {"x", "x Aᵀ", "dx", "dy W + s (dy B) A"} <= set(texts)
 
 
 def test_by_kind_sorts_cosines_by_matrix():

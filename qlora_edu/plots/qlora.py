@@ -39,7 +39,7 @@ def data_flow() -> Figure:
         "hB": (5.15, 2.75, 1.5, "s (x Aᵀ) Bᵀ", _PASSING),
         "y": (8.6, 3.9, 1.3, "y", _PASSING),
         "dy": (8.6, 1.1, 1.3, "dy", _PASSING),
-        "dyW": (5.15, 1.1, 1.5, "dy W", _PASSING),
+        "dyW": (5.15, 1.1, 2.3, "dy W + s (dy B) A", _PASSING),
         "W2": (5.15, -0.35, 2.3, "W\ndecoded once more", _BRIEF),
         "dx": (0.75, 1.1, 1.3, "dx", _PASSING),
         "dAB": (8.6, -0.35, 1.9, "dA, dB\nfrom dy, x, x Aᵀ", _PASSING),
