@@ -96,17 +96,31 @@ def linear4bit(linear: nn.Linear, compute_dtype: torch.dtype, double_quant: bool
     return layer.to(linear.weight.device)
 
 
+def leave_switch_on(layer: nn.Module) -> nn.Module:
+    """Let this one `Linear4bit` repack its weights in its first eval forward, if this CPU can (fault 1).
+
+    For looking at the fault: such a layer is not to be compared with anything. Returns it.
+    """
+    layer.support_avx512bf16_for_cpu = repacks_in_place()
+    return layer
+
+
 def load_4bit(
-    folder, compute_dtype: torch.dtype = torch.bfloat16, double_quant: bool = True, device: str = "cpu"
+    folder,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    double_quant: bool = True,
+    device: str = "cpu",
+    frozen: bool = True,
 ):
     """A causal language model loaded by transformers with bitsandbytes' NF4 layers.
 
     Args:
         folder: local folder or hub id.
         compute_dtype: also the dtype of everything that stays unquantized.
+        frozen: freeze all parameters; otherwise transformers leaves trainable what is not quantized.
 
     Returns:
-        The transformers model, in train mode, its parameters frozen.
+        The transformers model, in train mode.
     """
     bitsandbytes()
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -126,4 +140,4 @@ def load_4bit(
             attn_implementation="eager",
             use_safetensors=True,
         )
-    return model.requires_grad_(False).train()
+    return (model.requires_grad_(False) if frozen else model).train()
