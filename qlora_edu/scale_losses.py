@@ -1,0 +1,103 @@
+"""What storing the scales in fewer bits costs a real model: its loss per token with NF4 codes and other scales.
+
+The codes of all 210 linear layers are computed once, with exact scales, as bitsandbytes does; then the scales alone
+are sent through a way of storing them, and the model reads the beginning of each of the course's twelve passages. As
+in `format_losses`, whose base model, texts and `Loss` these are, all is float32.
+
+    python -m qlora_edu.scale_losses     measures all ways on the whole passages: some minutes
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from qlora_edu import blockwise, format_losses, perplexity
+from qlora_edu.blockwise import QuantizedTensor
+from qlora_edu.double_quantization import QuantizedScales, quantize_scales
+from qlora_edu.format_losses import TOKENS, Loss
+from qlora_edu.rounded_weights import linear_layers
+from qlora_edu.second_level import store
+
+
+def double(scales: Tensor) -> Tensor:
+    """Scales as QLoRA and bitsandbytes store them, float32 (n,)."""
+    return quantize_scales(scales).dequantize()
+
+
+def triple(scales: Tensor) -> Tensor:
+    """The same, with the second-level scales stored in 8 bits as well."""
+    stored = quantize_scales(scales)
+    return QuantizedScales(
+        stored.codes, quantize_scales(stored.absmax).dequantize(), stored.offset
+    ).dequantize()
+
+
+#: What is done to the scales of a matrix, by the name under which it stands in tables: (n,) -> (n,), float32.
+WAYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "32 bits": lambda scales: scales,
+    "dynamic": double,
+    "three times": triple,
+    "dynamic, no mean": partial(store, offset=False),
+    "uniform": partial(store, grid="uniform"),
+    "min-max": partial(store, grid="min-max"),
+    "dynamic, 6 bits": partial(store, bits=6),
+    "dynamic, 4 bits": partial(store, bits=4),
+    "min-max, 4 bits": partial(store, grid="min-max", bits=4),
+    "e4m3": partial(store, grid="e4m3"),
+}
+
+
+@cache
+def quantized() -> tuple[QuantizedTensor, ...]:
+    """NF4 in blocks of 64, with 32-bit scales, of each linear layer in their order: 60 MB."""
+    return tuple(
+        blockwise.quantize(layer.weight) for layer in linear_layers(format_losses.base()[0]).values()
+    )
+
+
+@cache
+def measure(name: str, tokens: int | None = TOKENS) -> Loss:
+    """The loss with NF4 weights whose scales are stored in one of WAYS; `error` is that of the weights.
+
+    Args:
+        name: a key of WAYS.
+        tokens: read so many of each passage; None for all, which takes four times as long.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in WAYS:
+        raise ValueError(f"name: expected one of {', '.join(WAYS)}; got {name!r}.")
+    model, tokenizer = format_losses.base()
+    layers = iter(quantized())
+    lost = size = 0.0
+
+    def change(weight: Tensor) -> Tensor:  # called for one layer after the other, in their order
+        nonlocal lost, size
+        layer = next(layers)
+        rounded = replace(layer, stored_scales=WAYS[name](layer.stored_scales)).dequantize()
+        lost += (rounded - weight).square().sum(dtype=torch.float64).item()
+        size += weight.square().sum(dtype=torch.float64).item()
+        return rounded
+
+    texts = perplexity.passages()
+    lengths = tuple(perplexity.scored_lengths(tokenizer, texts, tokens))
+    with perplexity.rounded_weights(model, change):
+        nll = perplexity.token_nll(model, tokenizer, texts, tokens)
+    return Loss(nll, lengths, (lost / size) ** 0.5)
+
+
+def main() -> None:
+    """Print what each way adds to the loss with 32-bit scales on all tokens of the passages."""
+    plain = measure("32 bits", tokens=None)
+    print(f"{len(plain.nll):,} tokens; against 32-bit scales, in nats a token, ± its standard error")
+    for name in WAYS:
+        difference, deviation = measure(name, tokens=None).added_to(plain)
+        print(f"{name:<18} {difference:+8.4f} ± {deviation:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
