@@ -11,15 +11,20 @@ from qlora_edu.plots import spikes
 
 
 @pytest.fixture(autouse=True)
-def closed():
-    yield
+def leave_matplotlib_as_it_was():
+    with plt.rc_context():
+        plots.use_style()
+        yield
     plt.close("all")
 
 
 def test_a_page_map_says_how_many_faults_and_marks_them():
     figure = draw.page_map(8, (8, 7))
-    panels = [axes for axes in figure.axes if axes.get_title()]
-    assert [axes.get_title() for axes in panels] == ["room for 8: 8 faults", "room for 7: 24 faults"]
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "room for 8: 8 faults",
+        "room for 7: 24 faults",
+    ]
     for axes, room in zip(panels, (8, 7), strict=True):
         cells = axes.collections[0].get_array()
         assert (cells == 3).sum() == sum(policies.faults(policies.sweep(8, 3), room))
