@@ -5,6 +5,7 @@ import doctest
 import functools
 import importlib
 import math
+import pickle
 from collections import OrderedDict
 
 import pytest
@@ -100,17 +101,17 @@ def test_what_a_page_leaves_behind_is_nan():
     assert memory._device.view(torch.float32).isnan().all()
 
 
-def test_pinned_blocks_are_zero_never_leave_and_are_no_faults():
+def test_resident_blocks_are_zero_never_leave_and_are_no_faults():
     memory = UnifiedMemory(3 * PAGE, PAGE)
-    pinned, managed = memory.allocate(PAGE + 1, "a", pinned=True), memory.allocate(4 * PAGE, "b")
-    assert memory.pinned == 2 * PAGE
-    for view in memory.touch((pinned, 0), (pinned, 1)):
+    resident, managed = memory.allocate(PAGE + 1, "a", resident=True), memory.allocate(4 * PAGE, "b")
+    assert memory.resident == 2 * PAGE
+    for view in memory.touch((resident, 0), (resident, 1)):
         assert (view == 0).all()
         view += 7
     for page in range(4):
-        memory.touch((managed, page), (pinned, 0))
+        memory.touch((managed, page), (resident, 0))
     assert (memory.faults, memory.hits, memory.managed) == (4, 0, PAGE)
-    assert memory.read(pinned).tolist() == [7] * (PAGE + 1)
+    assert memory.read(resident).tolist() == [7] * (PAGE + 1)
 
 
 def test_what_does_not_fit_changes_nothing():
@@ -118,15 +119,15 @@ def test_what_does_not_fit_changes_nothing():
     block = memory.allocate(4 * PAGE, "states")
     memory.touch((block, 0), (block, 1), (block, 2))
     before = memory.read(block), dict(block.frames), list(memory.timeline), memory.bytes_out
-    message = r"batch: 320 bytes do not fit: of a budget of 256, 0 are pinned, and only the 192 bytes"
+    message = r"batch: 320 bytes do not fit: of a budget of 256, 0 are resident, and only the 192 bytes"
     with pytest.raises(OutOfMemory, match=message), memory.holding(5 * PAGE, "batch"):
         pass
     with memory.holding(2 * PAGE), pytest.raises(OutOfMemory, match="3 pages used together"):
         memory.touch((block, 0), (block, 1), (block, 3))
     assert torch.equal(before[0], memory.read(block))
     with pytest.raises(OutOfMemory):
-        memory.allocate(5 * PAGE, pinned=True)
-    assert before[3] == 0 and memory.pinned == 0
+        memory.allocate(5 * PAGE, resident=True)
+    assert before[3] == 0 and memory.resident == 0
 
 
 def test_the_timeline_says_what_happened():
@@ -138,7 +139,7 @@ def test_the_timeline_says_what_happened():
     with memory.holding(PAGE, "x"):
         pass
     memory.prefetch((block, 1))
-    kinds = [(e.step, e.kind, e.name, e.page, e.managed, e.pinned) for e in memory.timeline]
+    kinds = [(e.step, e.kind, e.name, e.page, e.managed, e.resident) for e in memory.timeline]
     assert kinds == [
         (0, "allocate", "m", None, 0, 0),
         (3, "fault", "m", 0, 64, 0),
@@ -170,6 +171,7 @@ def test_mru_evicts_the_last_touched_but_none_of_those_in_use():
         ((1024, 100), "page: expected a power of two"),
         ((1024, 32), "page: expected a power of two"),
         ((1024, 64, "fifo"), "policy: expected one of lru, mru"),
+        ((31,), "budget: expected at least one page of 65,536 bytes; got 31. It is in bytes"),
     ],
 )
 def test_a_wrong_memory_is_refused(arguments, says):
@@ -180,8 +182,17 @@ def test_a_wrong_memory_is_refused(arguments, says):
 def test_wrong_blocks_pages_and_data_are_refused():
     memory, other = UnifiedMemory(256, PAGE), UnifiedMemory(256, PAGE)
     block = memory.allocate(100)
-    with pytest.raises(ValueError, match="nbytes: expected"):
-        memory.allocate(0)
+    for nbytes in (0, None, False):
+        with pytest.raises(ValueError, match="nbytes: expected"):
+            memory.allocate(nbytes)
+    for nbytes in (None, False, -1):
+        with pytest.raises(ValueError, match="nbytes: expected"), memory.holding(nbytes):
+            pass
+    with pytest.raises(ValueError, match="resident: expected True or False; got 'no'"):
+        memory.allocate(64, resident="no")
+    for use in (memory.touch, memory.prefetch):
+        with pytest.raises(ValueError, match=r"pages: expected \(block, index\) pairs; got Block"):
+            use(block, 0)
     for page in (2, -1, 0.0, True):
         with pytest.raises(IndexError, match="page: expected 0 to 1"):
             memory.touch((block, page))
@@ -193,6 +204,18 @@ def test_wrong_blocks_pages_and_data_are_refused():
     again = memory.allocate(100)
     with pytest.raises(ValueError, match=r"data: expected uint8 \(100,\)"):
         memory.write(again, torch.zeros(99, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("room", [1, 2, 5, 8])
+def test_prefetching_stops_where_the_device_is_full(room):
+    memory = UnifiedMemory(room * PAGE, PAGE)
+    block = memory.allocate(8 * PAGE)
+    memory.touch((block, 7))
+    memory.prefetch(*((block, i) for i in range(8)))
+    assert set(block.frames) == set(range(room)) and memory.bytes_in == (room + (room < 8)) * PAGE
+    with memory.holding(room * PAGE):
+        memory.prefetch((block, 0))
+        assert not block.frames
 
 
 # --- policies --------------------------------------------------------------------------------------------
@@ -290,11 +313,11 @@ def test_groups_schedules_and_missing_gradients_are_those_of_torch():
     assert all(torch.equal(a, b) for a, b in zip(*runs_, strict=True))
 
 
-def test_small_states_are_pinned_and_large_ones_paged():
+def test_small_states_are_resident_and_large_ones_paged():
     p = network()
     optimizer = PagedAdamW(p, UnifiedMemory(100 * 1024, 1024), min_numel=1000)
     steps(optimizer, p, 0, 1)
-    assert [optimizer.state[q]["exp_avg"].pinned for q in p] == [False, True, False, True]
+    assert [optimizer.state[q]["exp_avg"].resident for q in p] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(("first", "second"), [("paged", "torch"), ("torch", "paged"), ("paged", "paged")])
@@ -330,7 +353,7 @@ def test_a_state_dict_that_does_not_fit_leaves_the_old_states():
     optimizer = PagedAdamW(p, UnifiedMemory(1024, 64), min_numel=math.inf)
     with pytest.raises(OutOfMemory):
         steps(optimizer, p, 0, 1)
-    assert optimizer.memory.pinned == 0 and optimizer.state_dict()["state"] == {}
+    assert optimizer.memory.resident == 0 and optimizer.state_dict()["state"] == {}
     p = network()
     paged = PagedAdamW(p, UnifiedMemory(3 * 1024, 1024), min_numel=0)
     steps(paged, p, 0, 2)
@@ -393,8 +416,12 @@ def test_a_closure_is_called_with_gradients_on():
         ({"memory": 1000}, "memory: expected a UnifiedMemory; got int"),
         ({"lr": -1}, "lr: expected a number of at least 0"),
         ({"lr": math.nan}, "lr: expected a number of at least 0"),
-        ({"betas": (0.9, 1.0)}, "betas: expected two numbers"),
+        ({"betas": (0.9, 1.0)}, "betas: expected a number of at least 0 and below 1; got 1.0"),
         ({"eps": "0"}, "eps: expected a number"),
+        ({"betas": 0.9}, "betas: expected two numbers"),
+        ({"betas": (0.9, "0.999")}, "betas: expected a number of at least 0 and below 1"),
+        ({"min_numel": math.nan}, "min_numel: expected a number of at least 0"),
+        ({"prefetch": "no"}, "prefetch: expected True or False; got 'no'"),
         ({"params": [torch.nn.Parameter(torch.zeros(2, 3).T)]}, "params: expected contiguous float"),
         ({"params": [torch.nn.Parameter(torch.zeros(0))]}, "params: expected contiguous float"),
         ({"params": [torch.zeros(3, dtype=torch.int64)]}, "params: expected contiguous float"),
@@ -406,9 +433,96 @@ def test_a_closure_is_called_with_gradients_on():
     ],
 )
 def test_wrong_arguments_of_the_optimizer_are_named(changes, says):
-    options = {"params": network(), "memory": UnifiedMemory(4096)} | changes
+    options = {"params": network(), "memory": UnifiedMemory(65_536)} | changes
     with pytest.raises((TypeError, ValueError), match=says):
         PagedAdamW(**options)
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        ({"lr": -1}, "lr: expected a number of at least 0"),
+        ({"betas": (1.5, 0.9)}, "betas: expected a number of at least 0 and below 1; got 1.5"),
+        ({"maximize": True}, "maximize: expected False"),
+        ({"amsgrad": True}, "amsgrad: expected False"),
+        ({"params": [torch.nn.Parameter(torch.zeros(2, 3).T)]}, "params: expected contiguous float"),
+        ({"params": [torch.zeros(3, dtype=torch.int64)]}, "params: expected contiguous float"),
+        ({"params": [torch.nn.Parameter(torch.zeros(0))]}, "params: expected contiguous float"),
+    ],
+)
+def test_a_group_that_cannot_be_trained_is_refused_whenever_it_comes(group, says):
+    group = {"params": [torch.nn.Parameter(torch.zeros(3))]} | group
+    with pytest.raises(ValueError, match=says):
+        PagedAdamW([group], UnifiedMemory(65_536))
+    optimizer = PagedAdamW(network(), UnifiedMemory(65_536))
+    with pytest.raises(ValueError, match=says):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("other", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_the_state_dict_of_another_optimizer_is_refused_and_the_run_goes_on(other):
+    mine, theirs = network(), network()
+    paged = PagedAdamW(mine, UnifiedMemory(3 * 1024, 1024), min_numel=0)
+    plain = torch.optim.AdamW(theirs, foreach=False)
+    steps(paged, mine, 0, 2)
+    steps(plain, theirs, 0, 2)
+    message = "a group lacks .*betas|decoupled_weight_decay: expected True"
+    with pytest.raises(ValueError, match=message):
+        paged.load_state_dict(other(network()).state_dict())
+    steps(paged, mine, 2, 4)
+    steps(plain, theirs, 2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda p: p.bfloat16(), lambda p: p[:50].clone(), lambda p: p.repeat(2)],
+    ids="dtype less more".split(),
+)
+def test_a_parameter_that_changed_after_its_first_step_is_refused_before_any_update(change):
+    p = network()
+    optimizer = PagedAdamW(p, UnifiedMemory(4096, 1024), min_numel=0)
+    steps(optimizer, p, 0, 1)
+    p[3].grad, p[3].data = None, change(p[3].data)
+    gradients(p, 1)
+    before = [q.detach().clone() for q in p]
+    message = "a parameter changed size or dtype since its states were made: 333 torch.float32 then"
+    for use in (optimizer.step, optimizer.state_dict):
+        with pytest.raises(ValueError, match=message):
+            use()
+    assert all(torch.equal(a, b) for a, b in zip(before, p, strict=True))
+
+
+def test_a_gradient_of_another_dtype_is_refused_before_any_update():
+    p = network()
+    optimizer = PagedAdamW(p, UnifiedMemory(4096, 1024), min_numel=0)
+    gradients(p, 0)
+    before = [q.detach().clone() for q in p]
+    p[3].data = p[3].data.bfloat16()
+    with pytest.raises(
+        ValueError, match=r"gradient: expected torch.bfloat16 \(333,\), .*; got torch.float32"
+    ):
+        optimizer.step()
+    assert torch.equal(before[0], p[0])
+
+
+def test_an_optimizer_is_not_copied_or_pickled_without_its_memory():
+    optimizer = PagedAdamW(network(), UnifiedMemory(65_536))
+    for take in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"Save state_dict\(\) instead"):
+            take(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("pages", "frames", "faults"), [(64, 64, 64), (64, 63, 192), (64, 62, 320), (96, 95, 288), (96, 94, 480)]
+)
+def test_with_one_page_too_few_half_of_the_touches_of_an_update_fault(pages, frames, faults):
+    """m and v are used together, and neither is evicted for the other; in a sweep one by one, all would fault."""
+    p = [torch.nn.Parameter(torch.zeros(pages // 2 * PAGE // 4))]
+    optimizer = PagedAdamW(p, UnifiedMemory(frames * PAGE, PAGE), min_numel=0)
+    steps(optimizer, p, 0, 5)
+    assert optimizer.memory.faults == faults
 
 
 # --- the little training ---------------------------------------------------------------------------------
@@ -445,13 +559,57 @@ def test_prefetching_moves_the_same_bytes_without_faults():
     assert plain.memory.bytes_in == early.memory.bytes_in
 
 
+def test_prefetching_more_than_there_is_room_for_moves_no_more_than_without():
+    found = []
+    for prefetch in (False, True):
+        p = [torch.nn.Parameter(torch.zeros(16 * PAGE // 4))]
+        optimizer = PagedAdamW(p, UnifiedMemory(8 * PAGE, PAGE), min_numel=0, prefetch=prefetch)
+        steps(optimizer, p, 0, 5)
+        found.append((optimizer.memory.faults, optimizer.memory.bytes_in // PAGE))
+    assert found == [(160, 160), (120, 160)]
+
+
+@pytest.mark.parametrize("rows", [(513,), (64, 512), (0,), (-1,), (1.0,), (True,)])
+def test_batches_without_rows_or_beyond_the_stored_numbers_are_refused(rows):
+    with pytest.raises(ValueError, match=r"rows: expected whole numbers from 1 to 51[12] in step"):
+        runs.run(60 * 65_536, rows=rows)
+
+
+def test_what_the_chapter_says_of_budget_d_and_answers_at_its_end():
+    def faults(room, rows):
+        events = runs.run(room * 65_536, rows=rows).memory.timeline
+        return [sum((e.kind, e.step) == ("fault", step) for e in events) for step in range(1, 9)]
+
+    assert faults(31, runs.ROWS) == [32, 19, 19, 19, 30, 19, 19, 19]
+    assert sum(faults(31, (64,) * 8)) == 165 and sum(faults(32, (64,) * 8)) == 74
+    again, mixed = "aabacadaeaf", [(int(abs(x) * 40) * 7) % 61 for x in normals()[:4000].tolist()]
+    assert [sum(policies.faults(again, 3, policy)) for policy in ("lru", "mru")] == [6, 8]
+    assert [sum(policies.faults(mixed, 30, policy)) for policy in ("lru", "mru")] == [1849, 1990]
+
+
+def test_prefetching_saves_bytes_where_the_update_does_not_fit():
+    for room in (31, 28):
+        plain, early = runs.run(room * 65_536), runs.run(room * 65_536, prefetch=True)
+        assert early.memory.faults == 0 and early.moved < 0.6 * plain.moved
+
+
+def test_what_the_quiz_says_of_8_bit_states_beside_a_longer_row():
+    from qlora_edu.memory import shape_of
+    from qlora_edu.memory.parts import adapter_sizes, optimizer
+
+    sizes = adapter_sizes(shape_of("smollm2-135m"), 8, thresholds.LLAMA_LINEARS)
+    saved = optimizer(sizes, 32) - optimizer(sizes, 8)
+    taken = [spike.moving(4, 256 + more, scored=337) - spike.moving(4, 256, scored=337) for more in (1, 2, 3)]
+    assert round(saved / 1e6) == 14 and round(taken[0] / 1e6, 1) == 6.2 and taken[1] < saved < taken[2]
+
+
 # --- a large model at a scale ----------------------------------------------------------------------------
 
 
 def test_a_simulated_card_holds_what_was_predicted():
     out = scaled.simulate()
     still = scaled.step_of("llama-33b", 512)
-    fullest = max(event.managed + event.pinned for event in out.memory.timeline) * scaled.SCALE
+    fullest = max(event.managed + event.resident for event in out.memory.timeline) * scaled.SCALE
     peak = scaled.step_of("llama-33b", 2048).peak
     assert out.failed is None and peak > 24 * scaled.GIB >= fullest
     evicted = out.memory.bytes_out * scaled.SCALE
@@ -473,6 +631,49 @@ def test_the_longest_row_is_the_longest_that_goes_through(model, card):
             <= card * scaled.GIB
             < scaled.step_of(model, length + 32).peak - gone
         )
+
+
+def test_what_moves_after_the_first_step_is_counted():
+    out = scaled.simulate(card=22)
+    first = [event.kind for event in out.memory.timeline if event.step <= 1]
+    faults, into, back = out.after_first()
+    page = 16 * 2**20 / 1e9
+    assert faults == out.memory.faults - first.count("fault") > 0
+    assert into == pytest.approx(faults * page)
+    assert back == pytest.approx(out.memory.bytes_out * scaled.SCALE / 1e9 - first.count("evict") * page)
+    assert scaled.simulate(card=22, prefetch=True).after_first()[1] >= into
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"card": "24"}, "card: expected GiB"),
+        ({"card": math.inf}, "card: expected GiB"),
+        ({"card": 0}, "card: expected GiB"),
+        ({"page": 3}, "page: expected a power of two of MiB, at least 1; got 3"),
+        ({"page": 16.0}, "page: expected a power of two of MiB, at least 1; got 16.0"),
+        ({"prefetch": "no"}, "prefetch: expected True or False"),
+        ({"paged": "no"}, "paged: expected True or False"),
+    ],
+)
+def test_a_wrong_card_is_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        scaled.simulate(**options)
+
+
+def test_where_ordinary_steps_begin_to_move_pages_and_where_the_long_row_fails():
+    assert [scaled.simulate(card=card, spike=512).after_first()[0] > 0 for card in (22.25, 22)] == [
+        False,
+        True,
+    ]
+    assert [scaled.simulate(card=card).failed for card in (21.75, 21.5)] == [None, 5]
+    found = scaled.step_of("llama-33b", 2048)
+    assert round((found.peak - found.parts["optimizer"]) / scaled.GIB, 3) == 21.498
+
+
+def test_the_longest_row_is_not_looked_for_without_end():
+    with pytest.raises(ValueError, match="card: expected GiB, more than 0 and at most 1,024; got inf"):
+        scaled.longest("llama-33b", math.inf, True)
 
 
 # --- 8-bit states ----------------------------------------------------------------------------------------
@@ -533,6 +734,34 @@ def test_wrong_states_are_refused(state, signed):
         states8.encode(state, signed)
     with pytest.raises(ValueError, match="at least 4096 numbers"):
         states8.AdamW8bit(torch.zeros(4095))
+
+
+@pytest.mark.parametrize(
+    ("gradient", "says"),
+    [
+        (torch.ones(1), r"gradient: expected float32 \(4096,\); got torch.float32, \(1,\)"),
+        (torch.ones(4096, dtype=torch.float64), "gradient: expected float32"),
+        (
+            torch.full((4096,), math.nan),
+            "gradient: expected finite numbers with finite squares in float32; got nan",
+        ),
+        (torch.full((4096,), -math.inf), "finite squares in float32; got inf"),
+        (torch.full((4096,), 1e30), r"finite squares in float32; got 1e\+30"),
+    ],
+)
+def test_a_wrong_gradient_changes_nothing(gradient, says):
+    p = normals()[:4096].clone()
+    own = states8.AdamW8bit(p)
+    own.step(torch.ones(4096))
+    before = p.clone(), own.m, own.v
+    with pytest.raises(ValueError, match=says):
+        own.step(gradient)
+    assert torch.equal(p, before[0]) and own.t == 1 and (own.m, own.v) == before[1:]
+
+
+def test_the_sign_is_a_flag():
+    with pytest.raises(ValueError, match="signed: expected True or False; got 'no'"):
+        states8.encode(torch.ones(3), "no")
 
 
 # --- what bitsandbytes pages -----------------------------------------------------------------------------
@@ -617,6 +846,9 @@ def test_micro_batches_and_checkpointing_give_the_same_gradients_in_less_memory(
     assert peaks[1] < peaks[0] and peaks[2] < peaks[0]
     with pytest.raises(ValueError, match="expected at least one step"):
         spike.steps(model, loss, [])
+    for micro in (1.5, 0, True):
+        with pytest.raises(ValueError, match="micro: expected a whole number of rows"):
+            spike.steps(model, loss, [rows], micro)
 
 
 @pytest.mark.parametrize("module", ["adamw", "policies", "states8", "thresholds"])

@@ -63,6 +63,11 @@ def test_the_card_says_how_it_ends(capsys):
     ]
 
 
+def test_the_time_on_the_card_leaves_out_the_first_step_in_which_all_states_come():
+    title = draw.card().axes[0].get_title(loc="left")
+    assert title == "After step 1: faults 75, in 1.26, out 1.26 GB, 0.16 s at 16 GB/s"
+
+
 def test_lengths_have_two_curves_a_constant_apart():
     axes = spikes.lengths({"llama-33b": 24}).axes[0]
     upper, lower = (line.get_ydata() for line in axes.lines[:2])

@@ -11,14 +11,18 @@ the schedule multiplier η_t left to `lr`):
 Each number is updated on its own, so the states can be cut into pages anywhere, and the bits stay the same.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from qlora_edu.paging.checks import check_flag, check_gradient, check_group, check_number, check_parameter
 from qlora_edu.paging.memory import Block, UnifiedMemory
 
 STATES = ("exp_avg", "exp_avg_sq")  # torch's names for m and v
+OPTIONS = ("lr", "betas", "eps", "weight_decay")
 
 
 def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, lr, betas, eps, weight_decay) -> None:
@@ -26,7 +30,7 @@ def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, lr, betas, eps, w
 
     >>> p, g = torch.tensor([1.0]), torch.tensor([0.5])
     >>> adamw_(p, g, torch.zeros(1), torch.zeros(1), 1, lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
-    >>> round(p.item(), 6)  # the first step is lr, whatever the size of the gradient
+    >>> round(p.item(), 6)  # the first step is lr, whatever g is, as long as it is large beside eps
     0.9
     """
     if weight_decay != 0:
@@ -44,9 +48,9 @@ class PagedAdamW(torch.optim.Optimizer):
         params: contiguous float parameters on the CPU, or groups of them, as for any optimizer of torch.
         memory: where the states live.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
-        min_numel: states of at least so many numbers are paged, smaller ones pinned, as bitsandbytes does with 1e5.
+        min_numel: states of at least so many numbers are paged, smaller ones resident, as bitsandbytes does with 1e5.
             `math.inf` pins all: that is AdamW without paging, under the same budget.
-        prefetch: move a parameter's states to the device before its update, as bitsandbytes does.
+        prefetch: move a parameter's states to the device before its update, as bitsandbytes does, as far as they fit.
 
     Its `state_dict` is that of torch.optim.AdamW: each can load the other's.
     """
@@ -64,30 +68,28 @@ class PagedAdamW(torch.optim.Optimizer):
     ):
         if not isinstance(memory, UnifiedMemory):
             raise TypeError(f"memory: expected a UnifiedMemory; got {type(memory).__name__}")
-        for name, value in (
-            ("lr", lr),
-            ("eps", eps),
-            ("weight_decay", weight_decay),
-            ("min_numel", min_numel),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0; got {value!r}")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas: expected two numbers in [0, 1); got {betas!r}")
+        if min_numel != math.inf:
+            check_number("min_numel", min_numel)
+        check_flag("prefetch", prefetch)
         self.memory, self.min_numel, self.prefetch = memory, min_numel, prefetch
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        for p in self._parameters():
-            if not p.is_floating_point() or p.device.type != "cpu" or not p.is_contiguous() or not p.numel():
-                raise ValueError(
-                    "params: expected contiguous float tensors on the CPU with at least one number; got "
-                    f"{p.dtype} on {p.device}, shape {tuple(p.shape)}, contiguous: {p.is_contiguous()}"
-                )
+
+    def add_param_group(self, param_group: dict) -> None:
+        """As in torch, which calls this for every group; one that cannot be trained is refused."""
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
         """Update every parameter that has a gradient, page by page.
 
         Raises:
+            ValueError: if a parameter has changed its size or dtype since its states were made, or its gradient has
+            others than it. Nothing is updated then.
             OutOfMemory: if the states, or the pages that one update needs together, do not fit. Each parameter is
             then either updated as a whole or not at all.
         """
@@ -95,23 +97,22 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p.grad.is_sparse:
-                    raise RuntimeError("PagedAdamW does not support sparse gradients")
-                state = self.state[p] or self._make(p)
-                self._update(p, state, group)
+        due = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for p, _ in due:
+            check_parameter(p)
+            self._check_unchanged(p)
+            check_gradient(p)
+        for p, group in due:
+            self._update(p, self.state.get(p) or self._make(p), group)
         return loss
 
     def _update(self, p: Tensor, state: dict, group: dict) -> None:
         m, v = (state[name] for name in STATES)
         if self.prefetch:
-            self.memory.prefetch(*((block, i) for block in (m, v) for i in range(block.pages)))
+            self.memory.prefetch(*((block, i) for i in range(m.pages) for block in (m, v)))
         numbers = self.memory.page // p.element_size()  # of a page
         parts = zip(p.detach().view(-1).split(numbers), p.grad.reshape(-1).split(numbers), strict=True)
-        options = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
+        options = [group[name] for name in OPTIONS]
         for index, (p_part, g_part) in enumerate(parts):
             views = self.memory.touch((m, index), (v, index))
             m_part, v_part = (view.view(p.dtype)[: len(p_part)] for view in views)
@@ -121,16 +122,25 @@ class PagedAdamW(torch.optim.Optimizer):
     def _make(self, p: Tensor) -> dict:
         """States of zeros for a parameter: both, or neither if the second does not fit."""
         blocks: list[Block] = []
-        pinned = p.numel() < self.min_numel
+        resident = p.numel() < self.min_numel
         try:
             for name in STATES:
-                blocks.append(self.memory.allocate(p.nbytes, name, pinned))
+                blocks.append(self.memory.allocate(p.nbytes, name, resident))
         except RuntimeError:
             for block in blocks:
                 self.memory.free(block)
             raise
-        self.state[p] = {"step": 0, **dict(zip(STATES, blocks, strict=True))}
+        self.state[p] = {"step": 0, "of": (p.numel(), p.dtype), **dict(zip(STATES, blocks, strict=True))}
         return self.state[p]
+
+    def _check_unchanged(self, p: Tensor) -> None:
+        """The bytes of its states mean nothing for a parameter of another dtype or size."""
+        of = self.state[p]["of"] if self.state.get(p) else (p.numel(), p.dtype)
+        if of != (p.numel(), p.dtype):
+            raise ValueError(
+                "params: a parameter changed size or dtype since its states were made: "
+                f"{of[0]:,} {of[1]} then, {p.numel():,} {p.dtype} now. Make a new optimizer."
+            )
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -140,29 +150,37 @@ class PagedAdamW(torch.optim.Optimizer):
         state = self.state.get(p)
         if not state:
             return {}
+        self._check_unchanged(p)
         copies = {name: self.memory.read(state[name]).view(p.dtype).view(p.shape) for name in STATES}
         return {"step": torch.tensor(float(state["step"])), **copies}
 
+    def __getstate__(self):
+        raise TypeError("PagedAdamW: a copy would lack its memory. Save state_dict() instead")
+
     def state_dict(self) -> dict:
         """As that of torch.optim.AdamW. Reading the states moves no page."""
-        own = self.state
-        self.state = {p: self.tensors(p) for p in self._parameters() if own.get(p)}
+        own = self.state  # blocks; torch's own method, which does the rest, has to find tensors
+        tensors = {p: self.tensors(p) for p in self._parameters() if own.get(p)}
         try:
+            self.state = tensors
             return super().state_dict()
         finally:
             self.state = own
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over the states of a PagedAdamW or torch.optim.AdamW. Where it fails, the old states stay."""
+        """Take over the states of a PagedAdamW or torch.optim.AdamW. Where it fails, the old states stay.
+
+        Resident states need room for the old and the new ones at once: load them into a new optimizer otherwise.
+        """
         own, groups = self.state, self.param_groups
         made: list[Block] = []
         try:
             super().load_state_dict(state_dict)
-            if any(group.get("amsgrad") or group.get("maximize") for group in self.param_groups):
-                raise ValueError(
-                    "state_dict: amsgrad and maximize are not supported; got a run that used them"
-                )
-            loaded, self.state = self.state, type(own)(dict)
+            for group in self.param_groups:
+                if missing := [name for name in OPTIONS if name not in group]:
+                    raise ValueError(f"state_dict: expected one of AdamW; a group lacks {', '.join(missing)}")
+                check_group(group)
+            loaded, self.state = self.state, defaultdict(dict)  # torch has put tensors there; blocks follow
             for p, tensors in loaded.items():
                 if any(name not in tensors or tensors[name].shape != p.shape for name in STATES):
                     raise ValueError(f"state_dict: expected exp_avg and exp_avg_sq of shape {tuple(p.shape)}")

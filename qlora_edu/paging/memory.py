@@ -9,8 +9,9 @@ What moves is real: device and host are different buffers, and what a page leave
 that read as NaN in any float. An eviction that lost something would show in the numbers.
 
 As in CUDA's managed memory, a page has one home at a time, so every eviction copies it back, changed or not. Ordinary
-allocations ("pinned" here: their pages never leave) must fit as they are. Not modelled: the driver's choice of page
-sizes (4 KiB to 2 MiB), and that a GPU goes on with other work while a page is on its way.
+allocations are "resident" here: their pages never leave, and must fit as they are. (PyTorch's pinned memory is another
+thing, host RAM that stays where it is.) Not modelled: the driver's choice of page sizes (4 KiB to 2 MiB), and that a
+GPU goes on with other work while a page is on its way.
 """
 
 from collections import OrderedDict
@@ -20,17 +21,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qlora_edu.paging.pages import Block, Event, OutOfMemory, check_bytes
+from qlora_edu.paging.checks import check_bytes, check_device, check_flag, check_pairs
+from qlora_edu.paging.pages import Block, Event, OutOfMemory
 
 POISON = 0xFF  # float32, bfloat16 and float16 all read NaN where every bit is set
-POLICIES = ("lru", "mru")
 
 
 class UnifiedMemory:
     """A device with a budget, and as much host RAM as there is.
 
     Args:
-        budget: bytes of the device; what is beyond whole pages is not used.
+        budget: bytes of the device, at least one page; what is beyond whole pages is not used.
         page: bytes of a page, a power of two of at least 64.
         policy: which managed page makes room: "lru", that not touched for longest, or "mru", that touched last.
 
@@ -41,18 +42,15 @@ class UnifiedMemory:
     """
 
     def __init__(self, budget: int, page: int = 64 * 1024, policy: str = "lru"):
-        check_bytes("budget", budget)
-        check_bytes("page", page)
-        if page < 64 or page & (page - 1):
-            raise ValueError(f"page: expected a power of two of at least 64 bytes; got {page}")
-        if policy not in POLICIES:
-            raise ValueError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}")
+        check_device(budget, page, policy)
         self.budget, self.page, self.policy, self.step = budget, page, policy, 0
         self._device = torch.full((budget // page, page), POISON, dtype=torch.uint8)
+        # A frame is a row of _device. It is in _free, or `block.frames` says which page of which block it holds.
         self._free = list(range(budget // page))
-        self._managed: OrderedDict[tuple[Block, int], None] = OrderedDict()  # last touched stands last
-        self._blocks: dict[Block, None] = {}
-        self._pinned_frames = 0
+        # The managed ones of those pages in the order of their last touch: an ordered set, its values are all None.
+        self._managed: OrderedDict[tuple[Block, int], None] = OrderedDict()
+        self._resident_frames = 0  # how many the resident blocks have
+        self._blocks: dict[Block, None] = {}  # all that are allocated; a set
         self.faults = self.hits = self.bytes_in = self.bytes_out = 0
         self.timeline: list[Event] = []
 
@@ -62,24 +60,25 @@ class UnifiedMemory:
         return len(self._managed) * self.page
 
     @property
-    def pinned(self) -> int:
+    def resident(self) -> int:
         """Bytes of ordinary pages, which are on the device as long as they exist."""
-        return self._pinned_frames * self.page
+        return self._resident_frames * self.page
 
-    def allocate(self, nbytes: int, name: str = "", pinned: bool = False) -> Block:
-        """A block of zeros: managed, in host RAM, or pinned, on the device at once.
+    def allocate(self, nbytes: int, name: str = "", resident: bool = False) -> Block:
+        """A block of zeros: managed, in host RAM, or resident, on the device at once.
 
         Raises:
-            OutOfMemory: if a pinned block does not fit beside the other pinned ones. Nothing has changed then.
+            OutOfMemory: if a resident block does not fit beside the other resident ones. Nothing has changed then.
         """
         check_bytes("nbytes", nbytes)
-        block = Block(name, nbytes, self.page, pinned, None)
-        if pinned:
+        check_flag("resident", resident)
+        block = Block(name, nbytes, self.page, resident, None)
+        if resident:
             self._must_fit(block.pages, name)
             for index in range(block.pages):
                 block.frames[index] = self._frame()
                 self._device[block.frames[index]] = 0
-            self._pinned_frames += block.pages
+            self._resident_frames += block.pages
         else:
             block.host = torch.zeros(block.pages, self.page, dtype=torch.uint8)
         self._blocks[block] = None
@@ -94,14 +93,15 @@ class UnifiedMemory:
             self._device[frame] = POISON
             self._free.append(frame)
             self._managed.pop((block, index), None)
-        self._pinned_frames -= block.pages if block.pinned else 0
+        self._resident_frames -= block.pages if block.resident else 0
         block.frames.clear()
         self._note("free", block)
 
     @contextmanager
     def holding(self, nbytes: int, name: str = "activations") -> Iterator[None]:
         """Ordinary memory that lives until the end of the `with` block; 0 bytes are allowed."""
-        block = self.allocate(nbytes, name, pinned=True) if nbytes else None
+        none = nbytes == 0 and not isinstance(nbytes, bool)
+        block = None if none else self.allocate(nbytes, name, resident=True)
         try:
             yield
         finally:
@@ -109,17 +109,16 @@ class UnifiedMemory:
                 self.free(block)
 
     def touch(self, *pages: tuple[Block, int]) -> list[Tensor]:
-        """Use pages together, as one kernel does: each is on the device until the next call.
+        """Use pages together, as one kernel does: none of them is evicted to make room for another of them.
 
         Returns:
-            A uint8 view (page,) of the device for each: read it and write it.
+            A uint8 view (page,) of the device for each: read it and write it, but only until the next call.
 
         Raises:
             OutOfMemory: if they do not all fit at once. Nothing has moved then.
         """
-        for block, index in pages:
-            self._check(block, index)
-        wanted = dict.fromkeys((block, index) for block, index in pages if not block.pinned)
+        check_pairs(pages, self._check)
+        wanted = dict.fromkeys((block, index) for block, index in pages if not block.resident)
         self._must_fit(len(wanted), f"{len(wanted)} pages used together")
         for block, index in wanted:
             if index in block.frames:
@@ -131,15 +130,14 @@ class UnifiedMemory:
         return [self._device[block.frames[index]] for block, index in pages]
 
     def prefetch(self, *pages: tuple[Block, int]) -> None:
-        """Move managed pages to the device before they are touched, in this order: no faults, the same bytes."""
-        for block, index in pages:
-            self._check(block, index)
-        room = self.budget // self.page > self._pinned_frames
-        for block, index in pages:
-            if room and not block.pinned:
-                if index not in block.frames:
-                    self._move_in(block, index, "prefetch")
-                self._managed.move_to_end((block, index))
+        """Move managed pages in before they are touched, so that there is no fault: the first ones, as many as fit."""
+        check_pairs(pages, self._check)
+        managed = dict.fromkeys(pair for pair in pages if not pair[0].resident)
+        wanted = dict.fromkeys(list(managed)[: self.budget // self.page - self._resident_frames])
+        for block, index in wanted:
+            if index not in block.frames:
+                self._move_in(block, index, "prefetch", keep=wanted)
+            self._managed.move_to_end((block, index))
 
     def read(self, block: Block) -> Tensor:
         """A copy of a block's bytes, uint8 (nbytes,), wherever they are. Moves nothing, as a debugger would."""
@@ -183,11 +181,11 @@ class UnifiedMemory:
         self._note("evict", block, index)
 
     def _must_fit(self, frames: int, what: str) -> None:
-        room = self.budget // self.page - self._pinned_frames
+        room = self.budget // self.page - self._resident_frames
         if frames > room:
             raise OutOfMemory(
                 f"{what or 'a block'}: {frames * self.page:,} bytes do not fit: of a budget of {self.budget:,}, "
-                f"{self.pinned:,} are pinned, and only the {self.managed:,} bytes of managed pages can be evicted."
+                f"{self.resident:,} are resident, and only the {self.managed:,} bytes of managed pages can be evicted."
             )
 
     def _check(self, block: Block, index: int = 0) -> None:
@@ -197,4 +195,4 @@ class UnifiedMemory:
             raise IndexError(f"page: expected 0 to {block.pages - 1} of {block.name!r}; got {index!r}")
 
     def _note(self, kind: str, block: Block, page: int | None = None) -> None:
-        self.timeline.append(Event(self.step, kind, block.name, page, self.managed, self.pinned))
+        self.timeline.append(Event(self.step, kind, block.name, page, self.managed, self.resident))

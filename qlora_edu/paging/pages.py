@@ -18,7 +18,7 @@ class Event(NamedTuple):
     name: str
     page: int | None
     managed: int
-    pinned: int
+    resident: int
 
 
 @dataclass(eq=False)
@@ -28,16 +28,10 @@ class Block:
     name: str
     nbytes: int
     page: int
-    pinned: bool
-    host: Tensor | None  # uint8 (pages, page); None for pinned blocks
+    resident: bool
+    host: Tensor | None  # uint8 (pages, page); None for resident blocks
     frames: dict[int, int] = field(default_factory=dict)  # page -> frame, where it is on the device
 
     @property
     def pages(self) -> int:
         return -(-self.nbytes // self.page)
-
-
-def check_bytes(name: str, value: int) -> None:
-    """Raise a ValueError unless `value` is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected a whole number of bytes, at least 1; got {value!r}")

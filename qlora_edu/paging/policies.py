@@ -26,21 +26,21 @@ def faults(touches: Sequence[Hashable], frames: int, policy: str = "lru") -> lis
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}")
     following = _next_use(touches) if policy == "optimal" else [0] * len(touches)
-    resident: dict[Hashable, int] = {}  # page -> when it is needed next; last touched stands last
+    present: dict[Hashable, int] = {}  # page -> when it is needed next; last touched stands last
     found = []
     for page, later in zip(touches, following, strict=True):
-        found.append(page not in resident)
-        if page not in resident and len(resident) == frames:
-            del resident[_victim(resident, policy)]
-        resident.pop(page, None)
-        resident[page] = later
+        found.append(page not in present)
+        if page not in present and len(present) == frames:
+            del present[_victim(present, policy)]
+        present.pop(page, None)
+        present[page] = later
     return found
 
 
-def _victim(resident: dict[Hashable, int], policy: str) -> Hashable:
+def _victim(present: dict[Hashable, int], policy: str) -> Hashable:
     if policy == "optimal":
-        return max(resident, key=resident.__getitem__)
-    return next(iter(resident) if policy == "lru" else reversed(resident))
+        return max(present, key=present.__getitem__)
+    return next(iter(present) if policy == "lru" else reversed(present))
 
 
 def _next_use(touches: Sequence[Hashable]) -> list[int]:

@@ -33,9 +33,18 @@ def network() -> nn.Module:
 
 
 def batches(rows: Sequence[int] = ROWS) -> list[tuple[Tensor, Tensor]]:
-    """(x, y), both float32 (rows, 128), for each step: stored numbers, and the same in another order."""
+    """(x, y), both float32 (rows, 128), for each step: stored numbers, and the same in another order.
+
+    Raises:
+        ValueError: if a batch has no row, or more than there are stored numbers for (in the first step, 512).
+    """
     found = []
     for step, count in enumerate(rows):
+        most = (normals().numel() - 101 * step) // WIDTH
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+            raise ValueError(
+                f"rows: expected whole numbers from 1 to {most} in step {step + 1}; got {count!r}"
+            )
         x = normals()[101 * step : 101 * step + count * WIDTH].view(count, WIDTH).clone()
         found.append((x, x.roll(step + 1, dims=1)))
     return found

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 
 from qlora_edu.memory import Memory, predict
+from qlora_edu.paging.checks import check_flag
 from qlora_edu.paging.memory import UnifiedMemory
 from qlora_edu.paging.pages import OutOfMemory
 
@@ -37,6 +38,13 @@ class Outcome:
     failed: int | None
     error: str = ""
 
+    def after_first(self) -> tuple[int, float, float]:
+        """Faults, GB in and GB out from step 2 on: in step 1 all states come in, whatever the card."""
+        kinds = [event.kind for event in self.memory.timeline if event.step > 1]
+        faults, out = kinds.count("fault"), kinds.count("evict")
+        page = self.memory.page * SCALE / 1e9
+        return faults, (faults + kinds.count("prefetch")) * page, out * page
+
 
 def simulate(
     model: str = "llama-33b",
@@ -49,16 +57,22 @@ def simulate(
     """Eight steps on a card of `card` GiB, the fifth with a row of `spike` tokens.
 
     Args:
-        page: MiB. paged: whether the states are managed; otherwise they are pinned, as an ordinary optimizer's are.
+        page: MiB, a power of two. prefetch: ask for eight pairs of pages before they are touched.
+        paged: whether the states are managed; otherwise they are resident, as an ordinary optimizer's are.
     """
+    _check_card(card)
+    if isinstance(page, bool) or not isinstance(page, int) or page < 1 or page & (page - 1):
+        raise ValueError(f"page: expected a power of two of MiB, at least 1; got {page!r}")
+    check_flag("prefetch", prefetch)
+    check_flag("paged", paged)
     memory = UnifiedMemory(int(card * GIB) // SCALE, page * 2**20 // SCALE)
     still = step_of(model, SHORT)
     standing = still.weights + still.parts["adapter"]
     step = 0
     try:
-        memory.allocate(standing // SCALE, "weights", pinned=True)
+        memory.allocate(standing // SCALE, "weights", resident=True)
         states = [
-            memory.allocate(still.parts["optimizer"] // 2 // SCALE, name, pinned=not paged)
+            memory.allocate(still.parts["optimizer"] // 2 // SCALE, name, resident=not paged)
             for name in ("exp_avg", "exp_avg_sq")
         ]
         for step in range(1, STEPS + 1):
@@ -72,6 +86,11 @@ def simulate(
     except OutOfMemory as error:
         return Outcome(memory, step, str(error))
     return Outcome(memory, None)
+
+
+def _check_card(card: float) -> None:
+    if isinstance(card, bool) or not isinstance(card, int | float) or not 0 < card <= 1024:
+        raise ValueError(f"card: expected GiB, more than 0 and at most 1,024; got {card!r}")
 
 
 def _update(memory: UnifiedMemory, states: list, prefetch: bool) -> None:
@@ -89,6 +108,8 @@ def longest(model: str, card: float, paged: bool) -> int:
     Without paging the fullest moment must fit; with it, that moment without the states. (The update, where all states
     come back, holds no activations.)
     """
+    _check_card(card)
+    check_flag("paged", paged)
     length = 0
     while True:
         found = step_of(model, length + 32)

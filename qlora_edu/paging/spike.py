@@ -42,8 +42,10 @@ def steps(
         micro: rows that go through the model together; the gradients of the others are added up.
         checkpointing: keep only the inputs of the blocks, and compute the rest again.
     """
-    if not batches or (micro is not None and (isinstance(micro, bool) or micro < 1)):
-        raise ValueError(f"batches, micro: expected at least one step, and rows of at least 1; got {micro!r}")
+    if not batches:
+        raise ValueError("batches: expected at least one step; got none")
+    if micro is not None and (isinstance(micro, bool) or not isinstance(micro, int) or micro < 1):
+        raise ValueError(f"micro: expected a whole number of rows, at least 1, or None; got {micro!r}")
     model.train()
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu.codebooks import dynamic_8bit
+from qlora_edu.paging.checks import check_flag
 
 BLOCK, POSITIONS = 256, 65_536
 MIN_NUMEL = 4096  # bitsandbytes leaves smaller states in 32 bits
@@ -48,6 +49,7 @@ def encode(state: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if it is no non-empty 1-D float32 tensor of finite numbers, or negative where there is no sign.
     """
+    check_flag("signed", signed)
     if state.dtype != torch.float32 or state.dim() != 1 or not state.numel():
         raise ValueError(f"state: expected float32 (n,), n >= 1; got {state.dtype}, {tuple(state.shape)}")
     if not state.isfinite().all() or (not signed and (state < 0).any()):
@@ -64,6 +66,7 @@ def encode(state: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def decode(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
     """The state again, float32 (n,): level times scale."""
+    check_flag("signed", signed)
     levels, _ = _table(signed)
     return levels[codes.int()] * scales.repeat_interleave(BLOCK)[: codes.numel()]
 
@@ -88,7 +91,20 @@ class AdamW8bit:
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
-        """One update of `p`, in place."""
+        """One update of `p`, in place.
+
+        Raises:
+            ValueError: if the gradient is no float32 tensor of the shape of `p`, or it or its square is not finite.
+            Nothing has changed then.
+        """
+        if gradient.dtype != torch.float32 or gradient.shape != self.p.shape:
+            expected, found = tuple(self.p.shape), f"{gradient.dtype}, {tuple(gradient.shape)}"
+            raise ValueError(f"gradient: expected float32 {expected}; got {found}")
+        if not gradient.square().isfinite().all():
+            most = gradient.abs().max().item()
+            raise ValueError(
+                f"gradient: expected finite numbers with finite squares in float32; got {most:g}"
+            )
         lr, (beta1, beta2), eps, weight_decay = self.options
         g, p = gradient.flatten(), self.p.view(-1)
         self.t += 1

@@ -99,7 +99,7 @@ def timelines(results: Mapping[str, Result]) -> Figure:
 
 def _areas(axes: Axes, events: Sequence[Event], states: float, base: float, unit: float) -> None:
     """Occupied bytes over the steps: forward and backward are the first half of a step, the update is the second."""
-    x, managed, pinned = [], [], []
+    x, managed, resident = [], [], []
     for step in sorted({event.step for event in events if event.step > 0}):
         own = [event for event in events if event.step == step]
         freed = next((i for i, e in enumerate(own) if (e.kind, e.name) == ("free", "activations")), len(own))
@@ -108,13 +108,13 @@ def _areas(axes: Axes, events: Sequence[Event], states: float, base: float, unit
             late = 0.5 + 0.48 * (i - freed) / max(len(own) - freed - 1, 1)
             x.append(step + (early if i < freed else late))
             managed.append(event.managed / unit)
-            pinned.append((event.pinned - base) / unit)
+            resident.append((event.resident - base) / unit)
     if not x:
         return
-    x, managed, pinned = [*x, int(x[-1]) + 1], [*managed, managed[-1]], [*pinned, pinned[-1]]
+    x, managed, resident = [*x, int(x[-1]) + 1], [*managed, managed[-1]], [*resident, resident[-1]]
     low = base / unit
     with_states = [low + m for m in managed]
-    on_top = [w + p for w, p in zip(with_states, pinned, strict=True)]
+    on_top = [w + p for w, p in zip(with_states, resident, strict=True)]
     options = {"step": "post", "linewidth": 0}
     if base:
         axes.fill_between(x, low, color=BLUE, **options)
@@ -135,19 +135,19 @@ def card(
     out = scaled.simulate(model, card, spike, page, prefetch)
     plain = scaled.simulate(model, card, spike, page, paged=False)
     memory, scale = out.memory, scaled.SCALE
-    moved = [size * scale / GB for size in (memory.bytes_in, memory.bytes_out)]
     ends = [f"fails in step {o.failed}" if o.failed is not None else "goes through" for o in (out, plain)]
     print(f"paged: {ends[0]}; not paged: {ends[1]}")
     figure, axes = plt.subplots(figsize=(7, 3.4))
     still = scaled.step_of(model, scaled.SHORT)
     standing = still.weights + still.parts["adapter"]
-    # The weights are the first pinned block, so the pinned bytes of the first event are theirs.
-    base = memory.timeline[0].pinned if memory.timeline else standing // scale
+    # The weights are the first resident block, so the resident bytes of the first event are theirs.
+    base = memory.timeline[0].resident if memory.timeline else standing // scale
     _areas(axes, memory.timeline, still.parts["optimizer"] / scale, base, GB / scale)
     budget = memory.budget * scale / GB
     axes.axhline(budget, color=INK, linewidth=1.2, linestyle="--")
-    cost = f"{sum(moved) / scaled.BUS:.2f} s at {scaled.BUS:g} GB/s"
-    title = f"faults {memory.faults:,}, in {moved[0]:.2f}, out {moved[1]:.2f} GB, {cost}"
+    faults, into, back = out.after_first()
+    cost = f"{(into + back) / scaled.BUS:.2f} s at {scaled.BUS:g} GB/s"
+    title = f"After step 1: faults {faults:,}, in {into:.2f}, out {back:.2f} GB, {cost}"
     axes.set_title(title, fontsize=10)
     if out.failed is not None:
         axes.text(max(out.failed, 1) + 0.1, 0.5 * budget, "does not fit", color=VERMILLION, fontweight="bold")
