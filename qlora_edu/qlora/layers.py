@@ -14,31 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from qlora_edu.blockwise import FLOATS, QuantizedTensor, quantize
-from qlora_edu.kernels.scratch import scratch
 from qlora_edu.lora import LoRALinear
+from qlora_edu.qlora.product import Frozen4BitProduct, decoded
 from qlora_edu.storage import from_stored, to_stored
-
-
-class _Frozen4BitMatmul(torch.autograd.Function):
-    """x (..., in) times the transpose of a 4-bit weight (out, in). Saves no tensor."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, quantized: QuantizedTensor, bias: Tensor | None) -> Tensor:
-        ctx.quantized = quantized  # not the layer: it may be given other codes before the backward pass
-        return torch.nn.functional.linear(x, _decoded(quantized, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        # As bitsandbytes does: decoded to the dtype of the original weight first, then converted to that of dy.
-        weight = _decoded(ctx.quantized, ctx.quantized.dtype).to(grad_y.dtype)
-        return torch.matmul(grad_y, weight), None, None
-
-
-def _decoded(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """The decoded weight (out, in) in scratch memory, to be used before any other is decoded."""
-    return quantized.dequantize(out=scratch(quantized.shape, dtype, quantized.packed.device))
 
 
 class NF4Linear(nn.Module):
@@ -98,7 +76,7 @@ class NF4Linear(nn.Module):
     def weight_now(self) -> Callable[[torch.dtype], Tensor]:
         """A function that decodes the weight (out, in) that the layer has now to a dtype, also after the layer got
         another. What it returns is scratch memory, to be used before any layer decodes again."""
-        return partial(_decoded, self.quantized)
+        return partial(decoded, self.quantized)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
@@ -115,7 +93,7 @@ class NF4Linear(nn.Module):
                 f"x: expected a tensor on {self.weight.device}, where the weight is; got {x.device}"
             )
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        return _Frozen4BitMatmul.apply(x.to(self.compute_dtype), self.quantized, bias).to(x.dtype)
+        return Frozen4BitProduct.apply(x.to(self.compute_dtype), self.quantized, bias).to(x.dtype)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary linear layer that holds the weights that the codes stand for."""
