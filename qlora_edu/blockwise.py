@@ -37,7 +37,8 @@ def quantize(
 
     Raises:
         TypeError: if `weight` is not a tensor of those dtypes.
-        ValueError: if it is empty, on the meta device, or holds NaN or Inf; or the block size or codebook is unknown.
+        ValueError: if it is empty, on the meta device, or holds NaN or Inf; or the block size or codebook is unknown,
+            or double_quant neither True nor False.
 
     >>> q = quantize(torch.tensor([0.5, -1.0, 0.0, 2.0]))
     >>> [hex(byte) for byte in q.packed.tolist()], q.scales().tolist()
@@ -46,6 +47,8 @@ def quantize(
     check_weight(weight)
     if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size: expected one of the whole numbers {BLOCK_SIZES}; got {block_size!r}")
+    if not isinstance(double_quant, bool):
+        raise ValueError(f"double_quant: expected True or False; got {double_quant!r}")
     codebooks.table(codebook)  # an unknown name is refused before any work
     flat = weight.detach().reshape(-1)  # (n,)
     absmax = to_blocks(flat, block_size).abs().amax(dim=1).float()  # (blocks,)

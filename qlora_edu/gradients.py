@@ -6,6 +6,7 @@
 At the start B = 0, so that A has no gradient yet, and all of it is that of B.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
@@ -21,12 +22,27 @@ from qlora_edu.training.loss import answer_loss
 def of_b(model: nn.Module, rows: Sequence[Encoded]) -> tuple[float, dict[str, Tensor]]:
     """The loss of some rows, and the gradient of each B (out, r) in float32, by the name of its layer.
 
+    Gradients that the model holds already are dropped before, and its own afterwards.
+
     Raises:
-        ValueError: if the model has no LoRA layers.
+        ValueError: if the model has no LoRA layers, or the B of one of them gets no gradient.
+        RuntimeError: inside torch.no_grad().
     """
     layers = lora_layers(model)
     if not layers:
         raise ValueError("model: has no LoRA layers; call lora.add_lora or qlora.add_qlora first")
+    if not torch.is_grad_enabled():
+        raise RuntimeError("of_b: expected gradients to be recorded; call it outside torch.no_grad()")
+    for name, layer in layers.items():
+        if not layer.enabled or layer.merged or not layer.lora_b.requires_grad:
+            why = (
+                "is switched off" if not layer.enabled else "is merged" if layer.merged else "has a frozen B"
+            )
+            raise ValueError(
+                f"model: expected a gradient for the B of each LoRA layer; {name} {why}. "
+                "Set enabled = True, call unmerge(), or lora_b.requires_grad_()."
+            )
+    model.zero_grad(set_to_none=True)  # a gradient from before would be added to
     device = next(iter(layers.values())).lora_b.device
     batch = Batch.of(rows, pad_id=0).to(device)
     loss = answer_loss(model, batch, batch.scored)
@@ -66,9 +82,27 @@ def middle(pairs: Mapping[str, tuple[float, float]], ending: str = "") -> tuple[
 
 @contextmanager
 def moved(model: nn.Module, direction: Mapping[str, Tensor], length: float) -> Iterator[None]:
-    """Until the end of the block, all B together are moved by `length` against `direction`."""
+    """Until the end of the block, all B together are moved by `length` against `direction`.
+
+    Args:
+        direction: a tensor (out, r) for each B that moves, by the name of its layer, as `of_b` gives them.
+
+    Raises:
+        ValueError: if a name or a shape is not that of a B, or length or direction is not finite, or that is zero.
+    """
     layers = lora_layers(model)
-    size = torch.cat([d.flatten() for d in direction.values()]).double().norm().item()
+    for name, d in direction.items():
+        if name not in layers:
+            raise ValueError(f"direction: expected names of LoRA layers of this model; got {name!r}")
+        if d.shape != layers[name].lora_b.shape:
+            raise ValueError(
+                f"direction: expected shape {tuple(layers[name].lora_b.shape)} for {name}; got {tuple(d.shape)}"
+            )
+    size = math.sqrt(sum(d.double().square().sum().item() for d in direction.values()))
+    if not 0 < size < math.inf:
+        raise ValueError(f"direction: expected a finite direction that is not zero; got length {size}")
+    if not math.isfinite(length):
+        raise ValueError(f"length: expected a finite number; got {length}")
     before = {name: layers[name].lora_b.detach().clone() for name in direction}
     try:
         for name, d in direction.items():

@@ -40,7 +40,8 @@ class LoRALinear(nn.Module):
 
     Raises:
         TypeError: if `base` is no linear layer.
-        ValueError: if r is no whole number of at least 1, alpha not finite, or dropout not in [0, 1).
+        ValueError: if r is no whole number of at least 1, alpha not finite, dropout not in [0, 1), or
+            rank_stabilized neither True nor False.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class LoRALinear(nn.Module):
     ):
         super().__init__()
         check_linear("base", base)
-        check_options(r, alpha, dropout, compute_dtype)
+        check_options(r, alpha, dropout, compute_dtype, rank_stabilized)
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.rank_stabilized = r, alpha, rank_stabilized
         self.scaling = alpha / math.sqrt(r) if rank_stabilized else alpha / r
@@ -141,8 +142,14 @@ def check_linear(name: str, layer: nn.Module) -> None:
         )
 
 
-def check_options(r: int, alpha: float, dropout: float, compute_dtype: torch.dtype | None = None) -> None:
-    """Raise unless these are a rank, a scaling, a probability and a dtype or None. Arguments as in `LoRALinear`."""
+def check_options(
+    r: int,
+    alpha: float,
+    dropout: float,
+    compute_dtype: torch.dtype | None = None,
+    rank_stabilized: bool = False,
+) -> None:
+    """Raise unless these are a rank, a scaling, a probability, a dtype or None, and a yes or no, as in `LoRALinear`."""
     if compute_dtype is not None and not isinstance(compute_dtype, torch.dtype):
         raise TypeError(f"compute_dtype: expected a torch.dtype or None; got {compute_dtype!r}")
     if compute_dtype is not None and not compute_dtype.is_floating_point:
@@ -153,6 +160,8 @@ def check_options(r: int, alpha: float, dropout: float, compute_dtype: torch.dty
         raise ValueError(f"alpha: expected a finite number; got {alpha!r}")
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1); got {dropout!r}")
+    if not isinstance(rank_stabilized, bool):
+        raise ValueError(f"rank_stabilized: expected True or False; got {rank_stabilized!r}")
 
 
 def add_lora(
@@ -205,12 +214,14 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Modul
 
 def check_targets(targets: Sequence[str]) -> None:
     """Raise unless this is a sequence of names, one at least."""
-    if isinstance(targets, str):
+    if (
+        isinstance(targets, str)
+        or not isinstance(targets, Sequence | set | frozenset)
+        or not all(isinstance(t, str) for t in targets)
+    ):
         raise TypeError(
-            f"targets: expected a list of names; got the string {targets!r}. Write [{targets!r}]."
+            f"targets: expected a list of names, such as ['q_proj', 'v_proj'] or lora.LLAMA_LINEARS; got {targets!r}"
         )
-    if not isinstance(targets, Sequence | set | frozenset) or not all(isinstance(t, str) for t in targets):
-        raise TypeError(f"targets: expected a list of names, such as ['q_proj', 'v_proj']; got {targets!r}")
     if not targets:
         raise ValueError("targets: expected at least one name; got none")
 
@@ -221,7 +232,9 @@ def layer_for(base: nn.Module) -> type[LoRALinear]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The LoRA layers of a model, by the name of the layer that each wraps."""
+    """The LoRA layers of a model, by the name of the layer that each wraps. TypeError if it is no nn.Module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module; got {model!r:.80}. Give a model that is built.")
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 

@@ -83,3 +83,50 @@ def test_moved_restores_every_bit_even_after_an_error(twin):
 def test_a_model_without_an_adapter_is_named():
     with pytest.raises(ValueError, match="has no LoRA layers"):
         gradients.of_b(models.tiny()[0], ROWS)
+
+
+def test_of_b_does_not_add_to_a_gradient_from_before(twin):
+    _, expected = gradients.of_b(twin, ROWS)
+    for p in lora.adapter_parameters(twin):
+        p.grad = torch.ones_like(p)
+    _, found = gradients.of_b(twin, ROWS)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_b_that_gets_no_gradient_is_named(twin):
+    name, layer = list(lora.lora_layers(twin).items())[3]
+    layer.enabled = False
+    with pytest.raises(ValueError, match=f"{name} is switched off"):
+        gradients.of_b(twin, ROWS)
+    layer.enabled = True
+    layer.lora_b.requires_grad_(False)
+    with pytest.raises(ValueError, match=f"{name} has a frozen B"):
+        gradients.of_b(twin, ROWS)
+    layer.lora_b.requires_grad_()
+    layer.merge()
+    with pytest.raises(ValueError, match=f"{name} is merged"):
+        gradients.of_b(twin, ROWS)
+    layer.unmerge()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"outside torch\.no_grad"):
+        gradients.of_b(twin, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("change", "length", "says"),
+    [
+        (lambda b: {}, 1.0, "direction: expected a finite direction that is not zero; got length 0"),
+        (lambda b: {"NAME": torch.zeros_like(b)}, 1.0, "direction: expected a finite direction"),
+        (lambda b: {"NAME": torch.full_like(b, math.nan)}, 1.0, "direction: expected a finite direction"),
+        (lambda b: {"NAME": torch.ones(1, 1)}, 1.0, r"direction: expected shape \(.*; got \(1, 1\)"),
+        (lambda b: {"q_proj": torch.ones_like(b)}, 1.0, "direction: expected names .*; got 'q_proj'"),
+        (lambda b: {"NAME": torch.ones_like(b)}, math.nan, "length: expected a finite number; got nan"),
+        (lambda b: {"NAME": torch.ones_like(b)}, math.inf, "length: expected a finite number; got inf"),
+    ],
+)
+def test_moved_refuses_what_is_no_step(twin, change, length, says):
+    name, layer = next(iter(lora.lora_layers(twin).items()))
+    direction = {name if key == "NAME" else key: d for key, d in change(layer.lora_b.detach()).items()}
+    before = layer.lora_b.detach().clone()
+    with pytest.raises(ValueError, match=says), gradients.moved(twin, direction, length):
+        pass
+    assert torch.equal(layer.lora_b, before)

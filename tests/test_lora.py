@@ -303,7 +303,11 @@ class TestAddLora:
             ({"alpha": True}, ValueError, "alpha: expected a finite number; got True"),
             ({"dropout": False}, ValueError, "dropout: expected a probability"),
             ({"targets": []}, ValueError, "targets: expected at least one name"),
-            ({"targets": "q_proj"}, TypeError, r"targets: expected a list of names; .*Write \['q_proj'\]"),
+            (
+                {"targets": "q_proj"},
+                TypeError,
+                r"targets: expected a list of names, such as .*; got 'q_proj'",
+            ),
             ({"targets": ["q_proj", "mlp"]}, TypeError, r"mlp: expected a linear layer"),
             ({"targets": ["embed_tokens"]}, TypeError, r"embed_tokens: expected a linear layer"),
             ({"r": 0}, ValueError, "r: expected"),

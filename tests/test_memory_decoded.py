@@ -81,3 +81,9 @@ def test_what_keeps_no_decoded_weight_is_refused():
     other = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 100}
     with pytest.raises(ValueError, match=r"LLaMA's block|nn.Linear"):
         decoded.decoded(memory.shape_of(other), Work())
+
+
+def test_a_models_name_will_do():
+    shape, work = memory.shape_of("llama-7b"), Work()
+    assert decoded.decoded("llama-7b", work) == decoded.decoded(shape, work) > 0
+    assert decoded.kept("llama-7b", work, naive=True) == decoded.kept(shape, work, naive=True)

@@ -67,8 +67,20 @@ def test_data_flow_names_what_is_kept_and_what_is_decoded():
     assert {"x", "x Aᵀ", "dx", "dy W + s (dy B) A"} <= set(texts)
 
 
-def test_by_kind_sorts_cosines_by_matrix():
-    found = drawings.by_kind(
-        {"model.layers.0.self_attn.q_proj": (0.5, 1.0), "model.layers.0.mlp.up_proj": (0.7, 1.0)}
-    )
-    assert found["q_proj"] == [0.5] and found["up_proj"] == [0.7] and found["k_proj"] == []
+def test_a_negative_cosine_is_in_the_picture():
+    pairs = {"model.layers.0.q": (-0.4, 1.0), "model.layers.1.q": (0.9, 1.0)}
+    low, high = drawings.agreements({"one": pairs}).axes[0].get_ylim()
+    assert low < -0.4 and high > 1
+
+
+def test_no_source_is_dropped_in_silence():
+    pairs = {"model.layers.0.q": (0.4, 1.0)}
+    assert len(drawings.agreements(dict.fromkeys("abcd", pairs)).legends[0].texts) == 4
+    with pytest.raises(ValueError, match=r"sources: expected 1 to 4, .*; got 5"):
+        drawings.agreements(dict.fromkeys("abcde", pairs))
+
+
+@pytest.mark.parametrize("size", [-1.0, float("nan"), float("inf")])
+def test_a_size_that_is_none_is_refused(size):
+    with pytest.raises(ValueError, match="rows: expected finite sizes in MB of at least 0"):
+        drawings.kept_bars({"a": {"linear weights": size}})

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora_edu import models, reference
 from qlora_edu.blockwise import FLOATS, quantize
 from qlora_edu.kernels import scratch
-from qlora_edu.lora import adapter_parameters, add_lora, lora_layers
+from qlora_edu.lora import LoRALinear, adapter_parameters, add_lora, lora_layers
 from qlora_edu.parity import differing, stored_weights
 from qlora_edu.qlora import NF4Linear, QLoRALinear, add_qlora, merge_into_dense, quantize_model
 
@@ -538,7 +538,7 @@ class TestModel:
 
     def test_the_wrong_order_and_a_wrong_skip_are_refused(self):
         model = models.tiny()[0]
-        with pytest.raises(TypeError, match=r"skip: expected a list of names; .*Write \['lm_head'\]"):
+        with pytest.raises(TypeError, match=r"skip: expected a list of names, such as \['lm_head'\]"):
             quantize_model(model, skip="lm_head")
         add_lora(model)
         with pytest.raises(ValueError, match="quantize a model before LoRA is added"):
@@ -657,3 +657,110 @@ def test_what_is_in_four_bits_already_is_said():
         add_qlora(model)
     with pytest.raises(ValueError, match="compute_dtype: expected a floating-point dtype"):
         add_lora(model, compute_dtype=torch.int8)
+
+
+class TestAnotherWeightBetweenForwardAndBackward:
+    """The backward pass belongs to the weight that the forward pass used."""
+
+    @pytest.mark.parametrize("compute", [None, torch.float32], ids=["plain", "fused"])
+    def test_a_layer(self, compute):
+        layer = QLoRALinear(NF4Linear.of(linear(), torch.float32), 4, compute_dtype=compute)
+        dy = stored_weights(3 * OUT, 17).view(3, OUT)
+        found = []
+        for replace in (False, True):
+            x = batch(3).requires_grad_()
+            y = layer(x)
+            if replace:
+                layer.base.load_state_dict(NF4Linear.of(linear(start=5_000)).state_dict())
+            y.backward(dy)
+            found.append(x.grad)
+        assert_same(found[:1], found[1:])
+
+    def test_a_dense_base(self):
+        layer = LoRALinear(linear(), 4, compute_dtype=torch.float32)
+        found = []
+        for replace in (False, True):
+            x = batch(3).requires_grad_()
+            y = layer(x)
+            if replace:
+                layer.base.weight.data = linear(start=5_000).weight.data
+            y.sum().backward()
+            found.append(x.grad)
+        assert_same(found[:1], found[1:])
+
+
+class TestRefused:
+    @pytest.mark.parametrize("bias", [torch.ones(1), torch.ones(5), torch.ones(OUT, 1)])
+    def test_a_bias_of_another_shape(self, bias):
+        quantized = NF4Linear.of(linear()).quantized
+        with pytest.raises(ValueError, match=rf"bias: expected shape \({OUT},\); got"):
+            NF4Linear(quantized, bias)
+
+    @pytest.mark.parametrize("bias", [torch.float32, True, [0.0] * OUT])
+    def test_a_bias_that_is_no_tensor(self, bias):
+        quantized = NF4Linear.of(linear()).quantized
+        with pytest.raises(TypeError, match=r"bias: expected a tensor or None; got .*third argument"):
+            NF4Linear(quantized, bias)
+
+    @pytest.mark.parametrize("x", [None, "x", [0.0] * IN, batch(3).numpy()])
+    def test_an_input_that_is_no_tensor(self, x):
+        with pytest.raises(TypeError, match=r"x: expected a float tensor of shape .*; got \w+$"):
+            NF4Linear.of(linear())(x)
+
+    @pytest.mark.parametrize("answer", ["no", 1, None])
+    def test_a_yes_or_no_that_is_neither(self, answer):
+        with pytest.raises(ValueError, match="double_quant: expected True or False"):
+            quantize(linear().weight, double_quant=answer)
+        model = models.tiny()[0]
+        with pytest.raises(ValueError, match="rank_stabilized: expected True or False"):
+            add_qlora(model, rank_stabilized=answer)
+        assert not any(isinstance(module, NF4Linear) for module in model.modules())
+
+    @pytest.mark.parametrize("model", [None, "smollm2-135m", nn.Linear])
+    @pytest.mark.parametrize("change", [quantize_model, add_qlora, add_lora, merge_into_dense])
+    def test_what_is_no_model(self, change, model):
+        with pytest.raises(TypeError, match=r"model: expected an nn\.Module; got"):
+            change(model)
+
+    def test_a_single_layer_is_no_model(self):
+        with pytest.raises(TypeError, match=r"model: expected a model that contains .*NF4Linear\.of"):
+            quantize_model(linear())
+
+    @pytest.mark.parametrize("skip", [None, 3, [None]])
+    def test_a_skip_that_is_no_list_of_names(self, skip):
+        with pytest.raises(
+            TypeError, match=r"skip: expected a list of names, such as \['lm_head'\], or \[\]; got"
+        ):
+            quantize_model(models.tiny()[0], skip=skip)
+
+    def test_a_single_string_of_targets_is_answered_with_an_example(self):
+        for change in (add_lora, add_qlora):
+            with pytest.raises(
+                TypeError, match=r"such as \['q_proj', 'v_proj'\] or lora\.LLAMA.*'all-linear'$"
+            ):
+                change(models.tiny()[0], targets="all-linear")
+
+    @pytest.mark.parametrize("dtype", [torch.int8, "float32", torch.float64])
+    def test_a_dtype_to_merge_into(self, dtype):
+        model = models.tiny()[0]
+        names = add_qlora(model)
+        with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16; got"):
+            merge_into_dense(model, dtype)
+        assert list(lora_layers(model)) == names
+
+    def test_a_layer_that_is_switched_off_is_not_merged(self):
+        model = models.tiny()[0]
+        names = add_qlora(model)
+        lora_layers(model)[names[-1]].enabled = False
+        with pytest.raises(RuntimeError, match="merged_linear: the update is switched off"):
+            merge_into_dense(model)
+        assert list(lora_layers(model)) == names
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merging_gives_the_weights_the_dtype_that_they_had(dtype):
+    model = models.tiny()[0].to(dtype)
+    add_qlora(model)
+    merge_into_dense(model)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    TestModel().logits(model)  # no two dtypes meet

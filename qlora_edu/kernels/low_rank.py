@@ -8,6 +8,8 @@ parameters. Only x and x Aᵀ are saved for backward: W is asked for again, so a
 instead of keeping it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +19,8 @@ def linear_with_update(x: Tensor, base: nn.Module, lora_a: Tensor, lora_b: Tenso
 
     Args:
         x: (..., in).
-        base: a frozen linear layer; if it has `dense_weight(dtype)`, that gives its weight (out, in), which may be
-            overwritten by the next call of any layer.
+        base: a frozen linear layer; if it has `weight_now()`, that gives a function of a dtype for its weight
+            (out, in), which may be overwritten by the next call of any layer.
         lora_a: (r, in); lora_b: (out, r).
 
     Returns:
@@ -27,19 +29,21 @@ def linear_with_update(x: Tensor, base: nn.Module, lora_a: Tensor, lora_b: Tenso
     return _LinearWithUpdate.apply(x, lora_a, lora_b, base, scaling)
 
 
-def _weight(base: nn.Module, dtype: torch.dtype) -> Tensor:
-    return base.dense_weight(dtype) if hasattr(base, "dense_weight") else base.weight.to(dtype)
+def _weight_of(base: nn.Module) -> Callable[[torch.dtype], Tensor]:
+    """What gives W to both passes, whatever weight the base is given between them."""
+    return base.weight_now() if hasattr(base, "weight_now") else base.weight.detach().to
 
 
 class _LinearWithUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_a, lora_b, base, scaling):
         rows = x.reshape(-1, x.shape[-1])  # (m, in)
+        weight = _weight_of(base)
         bias = None if base.bias is None else base.bias.to(x.dtype)
-        y = torch.nn.functional.linear(rows, _weight(base, x.dtype), bias)  # (m, out)
+        y = torch.nn.functional.linear(rows, weight(x.dtype), bias)  # (m, out)
         h = rows @ lora_a.to(x.dtype).T  # (m, r)
         y.addmm_(h, lora_b.to(x.dtype).T, alpha=scaling)
-        ctx.base, ctx.scaling = base, scaling
+        ctx.weight, ctx.scaling = weight, scaling
         ctx.save_for_backward(rows, h, lora_a, lora_b)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -53,7 +57,7 @@ class _LinearWithUpdate(torch.autograd.Function):
         gh *= ctx.scaling
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = g @ _weight(ctx.base, g.dtype)  # (m, in)
+            grad_x = g @ ctx.weight(g.dtype)  # (m, in)
             grad_x.addmm_(gh, lora_a.to(g.dtype))
             grad_x = grad_x.view(*grad_y.shape[:-1], grad_x.shape[-1])
         grad_a = (gh.T @ rows).to(lora_a.dtype)

@@ -6,7 +6,7 @@ which has just been made, in 16 bits. `qlora.NF4Linear` decodes again instead, a
 
 from qlora_edu.memory import activations
 from qlora_edu.memory.activations import Work
-from qlora_edu.memory.shapes import Shape
+from qlora_edu.memory.shapes import Shape, shape_of
 
 PARTS = {
     "decoded weights": "what only the naive layer keeps",
@@ -17,8 +17,8 @@ PARTS = {
 }
 
 
-def decoded(shape: Shape, work: Work, checkpointing: bool = False) -> int:
-    """Bytes of the decoded weights that the naive layer keeps at the fullest moment.
+def decoded(shape: Shape | str, work: Work, checkpointing: bool = False) -> int:
+    """Bytes of the decoded weights that the naive layer keeps at the fullest moment. shape: or what `shape_of` takes.
 
     All of them at the end of the forward pass, s (out · in) each, but for q, k, v of the first block: their input is
     a frozen embedding and needs no gradient. With checkpointing, those of the one block that is computed again.
@@ -26,6 +26,7 @@ def decoded(shape: Shape, work: Work, checkpointing: bool = False) -> int:
     Raises:
         ValueError: if all weights are trained, or the model has no LLaMA blocks.
     """
+    shape = shape_of(shape)
     activations.check(shape)
     if work.full:
         raise ValueError("work: expected a frozen base; got full=True. A trained weight is a parameter.")
@@ -36,11 +37,12 @@ def decoded(shape: Shape, work: Work, checkpointing: bool = False) -> int:
     return sum(size for name, size in sizes.items() if not f".{name}".endswith(first))
 
 
-def kept(shape: Shape, work: Work, naive: bool = False, checkpointing: bool = False) -> dict[str, int]:
+def kept(shape: Shape | str, work: Work, naive: bool = False, checkpointing: bool = False) -> dict[str, int]:
     """Bytes that are kept for the backward pass at the fullest moment, by PARTS, the loss aside.
 
     With checkpointing: the inputs of all blocks, and everything of the block that is computed again.
     """
+    shape = shape_of(shape)
     found = dict.fromkeys(PARTS, 0)
     found["decoded weights"] = decoded(shape, work, checkpointing) if naive else 0
     tensors = [activations.outside(shape, work)]

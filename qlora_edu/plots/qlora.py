@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from qlora_edu.lora import LLAMA_LINEARS
 from qlora_edu.memory.activations import Work
 from qlora_edu.memory.decoded import PARTS, kept
 from qlora_edu.memory.parts import quantized
@@ -139,11 +138,13 @@ def kept_bars(rows: Mapping[str, Mapping[str, float]]) -> Figure:
     """A bar for each row, cut into parts of BARS in MB: {"by hand": {"linear weights": 54.8, ...}, ...}.
 
     Raises:
-        ValueError: if there is no row, or a part is none of BARS.
+        ValueError: if there is no row, a part is none of BARS, or a size is negative or not finite.
     """
     parts = [part for part in BARS if any(part in sizes for sizes in rows.values())]
     if not parts or any(part not in BARS for sizes in rows.values() for part in sizes):
         raise ValueError(f"rows: expected parts among {', '.join(BARS)}, in at least one row")
+    if not all(0 <= size < float("inf") for sizes in rows.values() for size in sizes.values()):
+        raise ValueError("rows: expected finite sizes in MB of at least 0")
     figure, axes = plt.subplots(figsize=(7, 1.3 + 0.46 * len(rows)))
     totals = [sum(sizes.values()) for sizes in rows.values()]
     for row, (sizes, total) in enumerate(zip(rows.values(), totals, strict=True)):
@@ -167,13 +168,16 @@ def agreements(sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figu
         sources: {"4-bit base": gradients.agreement(...), ...}; the names are those of a LLaMA's layers.
 
     Raises:
-        ValueError: if there is no source.
+        ValueError: if there is no source, or more than 4.
     """
-    if not sources or not all(sources.values()):
-        raise ValueError("sources: expected at least one, with at least one matrix")
+    colors = (BLUE, ORANGE, GREEN, PURPLE)
+    if not 1 <= len(sources) <= len(colors) or not all(sources.values()):
+        raise ValueError(
+            f"sources: expected 1 to {len(colors)}, with at least one matrix; got {len(sources)}"
+        )
     figure, panels = plt.subplots(1, 2, figsize=(7, 3.6), gridspec_kw={"width_ratios": [1.35, 1]})
     handles = []
-    for (_, pairs), color in zip(sources.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
+    for (_, pairs), color in zip(sources.items(), colors, strict=False):
         by_block: dict[int, list[tuple[float, float]]] = {}
         for name, pair in pairs.items():
             by_block.setdefault(int(name.split(".layers.")[1].split(".")[0]), []).append(pair)
@@ -185,7 +189,8 @@ def agreements(sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figu
             middle = [sorted(p[i] for p in by_block[b])[len(by_block[b]) // 2] for b in sorted(by_block)]
             (line,) = axes.plot(sorted(by_block), middle, color=color, lw=1.8)
         handles.append(line)
-    panels[0].set(xlabel="block", ylabel="cosine", ylim=(0, 1.05))
+    lowest = min(cosine for pairs in sources.values() for cosine, _ in pairs.values())
+    panels[0].set(xlabel="block", ylabel="cosine", ylim=(min(0.0, lowest) - 0.03, 1.05))
     panels[1].set(xlabel="block", ylabel="ratio of lengths", yscale="log", ylim=(0.5, 2.3))
     panels[1].set_yticks([0.5, 0.7, 1, 1.4, 2], ["0.5", "0.7", "1", "1.4", "2"])
     panels[1].minorticks_off()
@@ -193,8 +198,3 @@ def agreements(sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figu
         handles, list(sources), loc="outside upper left", ncols=len(sources), fontsize=9, columnspacing=1.2
     )
     return figure
-
-
-def by_kind(pairs: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:
-    """Cosines by the kind of matrix, q_proj to down_proj."""
-    return {kind: [c for name, (c, _) in pairs.items() if name.endswith(kind)] for kind in LLAMA_LINEARS}

@@ -1,6 +1,6 @@
 """Turning a model into a QLoRA model, and back into an ordinary one."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ def quantize_model(
     block_size: int = 64,
     codebook: str = "nf4",
     double_quant: bool = True,
-    skip: Sequence[str] = ("lm_head",),
+    skip: Collection[str] = ("lm_head",),
 ) -> list[str]:
     """Put an `NF4Linear` in the place of each `nn.Linear` whose name does not end in one of `skip`, in place.
 
@@ -25,12 +25,16 @@ def quantize_model(
         The names of the layers that were quantized.
 
     Raises:
-        TypeError: if `skip` is a single string.
+        TypeError: if `skip` is no list of names, or `model` no model.
         ValueError: if there is no such layer, a layer cannot be quantized, or the model has LoRA layers already.
             Nothing is changed then.
     """
-    if isinstance(skip, str):
-        raise TypeError(f"skip: expected a list of names; got the string {skip!r}. Write [{skip!r}].")
+    if isinstance(skip, str) or not isinstance(skip, Collection) or not all(isinstance(s, str) for s in skip):
+        raise TypeError(f"skip: expected a list of names, such as ['lm_head'], or []; got {skip!r}")
+    if isinstance(model, nn.Linear):
+        raise TypeError(
+            "model: expected a model that contains linear layers; got one layer. Use NF4Linear.of."
+        )
     if lora_layers(model):
         raise ValueError("model: has LoRA layers already; quantize a model before LoRA is added to it")
     layers = {}
@@ -56,7 +60,7 @@ def add_qlora(
     r: int = 8,
     alpha: float = 16,
     dropout: float = 0.0,
-    targets: Sequence[str] = LLAMA_LINEARS,
+    targets: Collection[str] = LLAMA_LINEARS,
     rank_stabilized: bool = False,
     compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
@@ -65,16 +69,21 @@ def add_qlora(
     Arguments, result and errors are those of `lora.add_lora`; where that would refuse, nothing is quantized either.
     """
     find_targets(model, targets)
-    check_options(r, alpha, dropout, compute_dtype)
+    check_options(r, alpha, dropout, compute_dtype, rank_stabilized)
     quantize_model(model)
     return add_lora(model, r, alpha, dropout, targets, rank_stabilized, compute_dtype)
 
 
-def merge_into_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def merge_into_dense(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Replace every QLoRA layer, in place, by an ordinary linear layer: decoded base plus update. Returns the model.
 
+    Args:
+        dtype: of the new layers; by default that of each weight before it was quantized, which the rest of the model
+            has as a rule. Another one makes two dtypes meet in the forward pass, unless `model.to(dtype)` follows.
+
     Raises:
-        ValueError: if the model has no QLoRA layers. RuntimeError: if one is merged. Nothing is changed then.
+        ValueError: if the model has no QLoRA layers, or the dtype is none of blockwise.FLOATS.
+        RuntimeError: if a layer is merged, or switched off. Nothing is changed then.
     """
     layers = lora_layers(model)
     if not layers or not all(isinstance(layer, QLoRALinear) for layer in layers.values()):

@@ -7,30 +7,16 @@ What autograd keeps of a layer decides whether 4 bits save anything: `NF4Linear`
 anyway. A layer that writes `F.linear(x, decode(packed))` would keep the decoded weight, nearly four times the size.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from qlora_edu.blockwise import FLOATS, QuantizedTensor, quantize
-from qlora_edu.kernels.scratch import scratch
 from qlora_edu.lora import LoRALinear
+from qlora_edu.qlora.product import Frozen4BitProduct, decoded
 from qlora_edu.storage import from_stored, to_stored
-
-
-class _Frozen4BitMatmul(torch.autograd.Function):
-    """x (..., in) times the transpose of a 4-bit weight (out, in). Saves no tensor."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: "NF4Linear", bias: Tensor | None) -> Tensor:
-        ctx.layer = layer
-        return torch.nn.functional.linear(x, layer.dense_weight(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None
-        # As bitsandbytes does: decoded to the dtype of the original weight first, then converted to that of dy.
-        weight = ctx.layer.dense_weight(ctx.layer.quantized.dtype).to(grad_y.dtype)
-        return torch.matmul(grad_y, weight), None, None
 
 
 class NF4Linear(nn.Module):
@@ -42,8 +28,8 @@ class NF4Linear(nn.Module):
         compute_dtype: the dtype of the product; the output has the dtype of the input.
 
     Raises:
-        TypeError: if `quantized` is no QuantizedTensor.
-        ValueError: if it is no matrix, or compute_dtype none of blockwise.FLOATS.
+        TypeError: if `quantized` is no QuantizedTensor, or `bias` no tensor.
+        ValueError: if it is no matrix, the bias has another shape, or compute_dtype none of blockwise.FLOATS.
     """
 
     def __init__(self, quantized: QuantizedTensor, bias: Tensor | None = None, compute_dtype=torch.bfloat16):
@@ -56,6 +42,12 @@ class NF4Linear(nn.Module):
             raise ValueError(f"quantized: expected a matrix (out, in); got shape {quantized.shape}")
         if compute_dtype not in FLOATS:
             raise ValueError(f"compute_dtype: expected float32, bfloat16 or float16; got {compute_dtype!r}")
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(
+                f"bias: expected a tensor or None; got {bias!r:.80}. The third argument is compute_dtype."
+            )
+        if bias is not None and bias.shape != quantized.shape[:1]:
+            raise ValueError(f"bias: expected shape ({quantized.shape[0]},); got {tuple(bias.shape)}")
         self.quantized = quantized
         self.out_features, self.in_features = quantized.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
@@ -81,12 +73,17 @@ class NF4Linear(nn.Module):
         """The packed codes, uint8 (ceil(out * in / 2),)."""
         return self.quantized.packed
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The decoded weight (out, in) in scratch memory, to be used before any layer decodes again."""
-        return self.quantized.dequantize(out=scratch(self.quantized.shape, dtype, self.weight.device))
+    def weight_now(self) -> Callable[[torch.dtype], Tensor]:
+        """A function that decodes the weight (out, in) that the layer has now to a dtype, also after the layer got
+        another. What it returns is scratch memory, to be used before any layer decodes again."""
+        return partial(decoded, self.quantized)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to (..., out)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x: expected a float tensor of shape (..., {self.in_features}); got {type(x).__name__}"
+            )
         if x.shape[-1:] != (self.in_features,) or not x.is_floating_point():
             raise ValueError(
                 f"x: expected a float tensor of shape (..., {self.in_features}); got {x.dtype}, {tuple(x.shape)}"
@@ -96,7 +93,7 @@ class NF4Linear(nn.Module):
                 f"x: expected a tensor on {self.weight.device}, where the weight is; got {x.device}"
             )
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        return _Frozen4BitMatmul.apply(x.to(self.compute_dtype), self, bias).to(x.dtype)
+        return Frozen4BitProduct.apply(x.to(self.compute_dtype), self.quantized, bias).to(x.dtype)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary linear layer that holds the weights that the codes stand for."""
@@ -153,8 +150,13 @@ class QLoRALinear(LoRALinear):
         but its rounding to `dtype`.
 
         Raises:
-            RuntimeError: if the update has been merged into the 4-bit weight already.
+            ValueError: if `dtype` is none of blockwise.FLOATS.
+            RuntimeError: if the update has been merged into the 4-bit weight already, or is switched off.
         """
+        if dtype is not None and dtype not in FLOATS:
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16; got {dtype!r}")
+        if not self.enabled:
+            raise RuntimeError("merged_linear: the update is switched off; set enabled = True first")
         if self.merged:
             raise RuntimeError(
                 "merged_linear: the update is in the base's weight already; call unmerge() first"
