@@ -31,10 +31,15 @@ def _dynamic_map(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def to_blocks(flat: Tensor, block_size: int) -> Tensor:
-    """flat (n,) as rows of `block_size`, the last one filled up with zeros.
+    """flat (n,), n >= 1, as rows of `block_size`, the last one filled up with zeros.
 
     Returns (ceil(n / block_size), block_size).
     """
+    if not isinstance(flat, Tensor) or flat.dim() != 1 or not len(flat):
+        what = f"shape {tuple(flat.shape)}" if isinstance(flat, Tensor) else f"{flat!r:.60}"
+        raise ValueError(f"flat: expected a non-empty 1-D tensor; got {what}. Flatten it first.")
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
+        raise ValueError(f"block_size: expected a whole number of 1 or more; got {block_size!r}.")
     missing = -flat.numel() % block_size
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, block_size)
 
@@ -67,6 +72,36 @@ class QuantizedScales:
         return QuantizedScales(*(t.to(device=device) for t in (self.codes, self.absmax, self.offset)))
 
 
+def check_scales(scales: Tensor) -> None:
+    """Raise a ValueError unless scales are a non-empty 1-D float32 tensor of finite values."""
+    if (
+        not isinstance(scales, Tensor)
+        or scales.dtype != torch.float32
+        or scales.dim() != 1
+        or not len(scales)
+    ):
+        what = f"{scales.dtype}, shape {tuple(scales.shape)}" if isinstance(scales, Tensor) else repr(scales)
+        raise ValueError(
+            f"scales: expected a non-empty 1-D float32 tensor; got {what:.60}. "
+            f"Convert them first: torch.as_tensor(scales, dtype=torch.float32).flatten()."
+        )
+    if not scales.isfinite().all():
+        raise ValueError(
+            f"scales: expected finite values; got {scales[~scales.isfinite()][0].item()}. "
+            f"Look for it in the weights."
+        )
+
+
+def mean_of(scales: Tensor) -> Tensor:
+    """The offset of scales that were checked, a float32 scalar; a ValueError if it overflows."""
+    offset = scales.mean()
+    if not offset.isfinite():
+        raise ValueError(
+            "scales: their mean overflows float32, so they cannot be double-quantized. Use double_quant=False."
+        )
+    return offset
+
+
 def quantize_scales(scales: Tensor) -> QuantizedScales:
     """Quantize the scales of a 4-bit tensor to 8 bits.
 
@@ -80,18 +115,9 @@ def quantize_scales(scales: Tensor) -> QuantizedScales:
     >>> stored.codes.tolist(), stored.offset.item(), stored.absmax.tolist()
     ([0, 131, 255], 2.0, [1.0])
     """
-    if scales.dtype != torch.float32 or scales.dim() != 1 or scales.numel() == 0:
-        raise ValueError(
-            f"scales: expected a non-empty 1-D float32 tensor; got {scales.dtype}, shape {tuple(scales.shape)}"
-        )
-    if not scales.isfinite().all():
-        raise ValueError(f"scales: expected finite values; got {scales[~scales.isfinite()][0].item()}")
+    check_scales(scales)
     _, nearest = _dynamic_map(scales.device)
-    offset = scales.mean()
-    if not offset.isfinite():
-        raise ValueError(
-            "scales: their mean overflows float32, so they cannot be double-quantized. Use double_quant=False."
-        )
+    offset = mean_of(scales)
     rows = to_blocks(scales - offset, BLOCK_SIZE)
     absmax = rows.abs().amax(dim=1)  # (rows,)
     # Where a whole row is zero, 0 * (1 / 0) is NaN; any code would do, and bitsandbytes stores code 0.

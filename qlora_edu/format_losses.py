@@ -104,9 +104,10 @@ def base():
     return models.load(dtype=torch.float32, progress=False)
 
 
-@cache
 def measure(name: str | None = None, only: str = "", tokens: int | None = TOKENS) -> Loss:
     """The loss with the weights of every linear layer sent through a format.
+
+    It is computed once for each function in ROUND_TRIPS: a name that is given to another one is measured anew.
 
     Args:
         name: a key of ROUND_TRIPS; None leaves the weights as they are.
@@ -116,12 +117,17 @@ def measure(name: str | None = None, only: str = "", tokens: int | None = TOKENS
     Raises:
         ValueError: for an unknown name, or if no layer's name contains `only`.
     """
-    if name is not None and name not in ROUND_TRIPS:
-        raise ValueError(f"name: expected one of {', '.join(ROUND_TRIPS)}; got {name!r}.")
+    if name is not None and (not isinstance(name, str) or name not in ROUND_TRIPS):
+        raise ValueError(f"name: expected one of {', '.join(map(repr, ROUND_TRIPS))}; got {name!r}.")
+    if not isinstance(only, str) or not any(only in n for n in linear_layers(base()[0])):
+        raise ValueError(f"only: expected a part of a layer's name, such as 'v_proj'; got {only!r}.")
+    return _measure(None if name is None else ROUND_TRIPS[name], only, tokens)
+
+
+@cache
+def _measure(function: Callable[[Tensor], Tensor] | None, only: str, tokens: int | None) -> Loss:
     model, tokenizer = base()
     names = list(linear_layers(model))
-    if not any(only in n for n in names):
-        raise ValueError(f"only: expected a part of a layer's name, such as 'v_proj'; got {only!r}.")
     layer = iter(names)
     lost = size = 0.0
 
@@ -129,14 +135,14 @@ def measure(name: str | None = None, only: str = "", tokens: int | None = TOKENS
         nonlocal lost, size
         if only not in next(layer):
             return weight
-        rounded = ROUND_TRIPS[name](weight)
+        rounded = function(weight)
         lost += (rounded - weight).square().sum(dtype=torch.float64).item()
         size += weight.square().sum(dtype=torch.float64).item()
         return rounded
 
     texts = perplexity.passages()
     lengths = tuple(perplexity.scored_lengths(tokenizer, texts, tokens))
-    if name is None:
+    if function is None:
         return Loss(perplexity.token_nll(model, tokenizer, texts, tokens), lengths, 0.0)
     with perplexity.rounded_weights(model, change):
         nll = perplexity.token_nll(model, tokenizer, texts, tokens)

@@ -7,6 +7,7 @@ in `format_losses`, whose base model, texts and `Loss` these are, all is float32
     python -m qlora_edu.scale_losses     measures all ways on the whole passages: some minutes
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -14,7 +15,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from qlora_edu import blockwise, format_losses, perplexity
+from qlora_edu import blockwise, format_losses, perplexity, stored
 from qlora_edu.blockwise import QuantizedTensor
 from qlora_edu.double_quantization import QuantizedScales, quantize_scales
 from qlora_edu.format_losses import TOKENS, Loss
@@ -29,10 +30,22 @@ def double(scales: Tensor) -> Tensor:
 
 def triple(scales: Tensor) -> Tensor:
     """The same, with the second-level scales stored in 8 bits as well."""
-    stored = quantize_scales(scales)
+    second = quantize_scales(scales)
     return QuantizedScales(
-        stored.codes, quantize_scales(stored.absmax).dequantize(), stored.offset
+        second.codes, quantize_scales(second.absmax).dequantize(), second.offset
     ).dequantize()
+
+
+def noisy(scales: Tensor, seed: int, size: float = 0.00341) -> Tensor:
+    """Nothing is rounded: normal noise is added, `size` of the scales' root mean square (here that of "uniform").
+
+    The numbers are stored ones (`stored.normals`), the same on every machine. The place where they begin is a checksum
+    of the seed and the scales, so that each matrix gets others. scales: finite. seed: 0 or more.
+    """
+    normals = stored.normals()
+    start = zlib.crc32(scales.cpu().numpy().tobytes(), seed) % len(normals)
+    places = (start + torch.arange(len(scales))) % len(normals)
+    return scales + size * scales.double().square().mean().sqrt().float() * normals[places]
 
 
 #: What is done to the scales of a matrix, by the name under which it stands in tables: (n,) -> (n,), float32.
@@ -44,9 +57,12 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": partial(store, grid="uniform"),
     "min-max": partial(store, grid="min-max"),
     "dynamic, 6 bits": partial(store, bits=6),
+    "dynamic, 5 bits": partial(store, bits=5),
     "dynamic, 4 bits": partial(store, bits=4),
+    "min-max, 5 bits": partial(store, grid="min-max", bits=5),
     "min-max, 4 bits": partial(store, grid="min-max", bits=4),
     "e4m3": partial(store, grid="e4m3"),
+    **{f"noise, seed {seed}": partial(noisy, seed=seed) for seed in (1, 2, 3)},
 }
 
 
@@ -58,9 +74,10 @@ def quantized() -> tuple[QuantizedTensor, ...]:
     )
 
 
-@cache
 def measure(name: str, tokens: int | None = TOKENS) -> Loss:
     """The loss with NF4 weights whose scales are stored in one of WAYS; `error` is that of the weights.
+
+    It is computed once for each function in WAYS: a name that is given to another function is measured anew.
 
     Args:
         name: a key of WAYS.
@@ -69,8 +86,13 @@ def measure(name: str, tokens: int | None = TOKENS) -> Loss:
     Raises:
         ValueError: for an unknown name.
     """
-    if name not in WAYS:
-        raise ValueError(f"name: expected one of {', '.join(WAYS)}; got {name!r}.")
+    if not isinstance(name, str) or name not in WAYS:
+        raise ValueError(f"name: expected one of {', '.join(map(repr, WAYS))}; got {name!r}.")
+    return _measure(WAYS[name], tokens)
+
+
+@cache
+def _measure(way: Callable[[Tensor], Tensor], tokens: int | None) -> Loss:
     model, tokenizer = format_losses.base()
     layers = iter(quantized())
     lost = size = 0.0
@@ -78,7 +100,7 @@ def measure(name: str, tokens: int | None = TOKENS) -> Loss:
     def change(weight: Tensor) -> Tensor:  # called for one layer after the other, in their order
         nonlocal lost, size
         layer = next(layers)
-        rounded = replace(layer, stored_scales=WAYS[name](layer.stored_scales)).dequantize()
+        rounded = replace(layer, stored_scales=way(layer.stored_scales)).dequantize()
         lost += (rounded - weight).square().sum(dtype=torch.float64).item()
         size += weight.square().sum(dtype=torch.float64).item()
         return rounded

@@ -17,12 +17,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qlora_edu.double_quantization import BLOCK_SIZE, to_blocks
+from qlora_edu.double_quantization import BLOCK_SIZE, check_scales, mean_of, to_blocks
 
 GRIDS = ("dynamic", "uniform", "unsigned dynamic", "unsigned uniform", "min-max", "e4m3")
 
 
-@cache
 def levels(grid: str, bits: int = 8) -> Tensor:
     """The levels of a grid in [-1, 1], ascending float32. They are shared: do not write to them.
 
@@ -41,6 +40,11 @@ def levels(grid: str, bits: int = 8) -> Tensor:
     check(grid, bits)
     if grid == "min-max":
         raise ValueError("grid: 'min-max' follows each block, so it has no levels of its own. Use `store`.")
+    return _levels(grid, bits)
+
+
+@cache
+def _levels(grid: str, bits: int) -> Tensor:
     if grid == "e4m3":
         values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         return (values[values.isfinite()] / 448).unique()
@@ -57,7 +61,9 @@ def levels(grid: str, bits: int = 8) -> Tensor:
 
 
 def nearest(x: Tensor, grid: str, bits: int = 8) -> Tensor:
-    """The code of the level nearest to each x, int64; a tie goes to the lower level."""
+    """The code of the level nearest to each x, int64; a tie goes to the lower level. x: finite, any shape."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.isfinite().all():
+        raise ValueError(f"x: expected a floating tensor of finite values; got {x!r:.60}. Convert it first.")
     ascending = levels(grid, bits).to(x.device)
     return torch.bucketize(x, (ascending[:-1] + ascending[1:]) / 2)
 
@@ -68,7 +74,7 @@ def store(
     """The scales as they come back.
 
     Args:
-        scales: float32 (n,), n >= 1, finite.
+        scales: float32 (n,), n >= 1, finite; for an unsigned grid 0 or more.
         grid: one of GRIDS. "min-max" has 2**bits even levels, from the smallest to the largest scale of each block.
         bits: 2 to 8; "e4m3" has 8.
         block_size: scales in a second-level block, 2 or more; the last block may be shorter.
@@ -85,27 +91,23 @@ def store(
     tensor([1.0070, 2.0000, 3.0000])
     """
     check(grid, bits)
-    if (
-        not isinstance(scales, Tensor)
-        or scales.dtype != torch.float32
-        or scales.dim() != 1
-        or not len(scales)
-    ):
-        what = f"{scales.dtype}, shape {tuple(scales.shape)}" if isinstance(scales, Tensor) else repr(scales)
+    check_scales(scales)
+    if (most := scales.abs().max().item()) > torch.finfo(torch.float32).max / 4:
         raise ValueError(
-            f"scales: expected a non-empty 1-D float32 tensor; got {what:.60}. Convert them first."
+            f"scales: expected magnitudes whose sums fit float32; got {most:.2e}. Divide them by a constant first."
         )
-    if not scales.isfinite().all():
-        raise ValueError("scales: expected finite values; got NaN or Inf. Look for it in the weights.")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 2:
-        raise ValueError(
-            f"block_size: expected a whole number of 2 or more; got {block_size!r}. QLoRA's is 256."
-        )
+    _whole("block_size", block_size, 2)
+    if not isinstance(offset, bool):
+        raise ValueError(f"offset: expected True (subtract the mean) or False; got {offset!r}.")
     if "unsigned" in grid and offset:
         raise ValueError(
             f"offset: expected False with the grid {grid!r}, which has no negative levels; got True."
         )
-    mean = scales.mean() if offset else torch.zeros((), device=scales.device)
+    if "unsigned" in grid and (scales < 0).any():
+        raise ValueError(
+            f"scales: expected none below 0 with the grid {grid!r}; got {scales.min().item()}. Use a signed one."
+        )
+    mean = mean_of(scales) if offset else torch.zeros((), device=scales.device)
     centred = scales - mean
     if grid == "min-max":
         missing = -len(centred) % block_size
@@ -125,11 +127,23 @@ def bits_per_weight(first: int, bits: int = 8, second: int = BLOCK_SIZE, grid: s
     """4-bit codes, their scales and what the scales need, in bits a weight. "min-max" stores two numbers a block.
 
     first, second: weights in a block, scales in a second-level block. The one mean of a matrix is left out.
+    ValueError: if an argument is none that `store` takes.
 
     >>> bits_per_weight(64)
     4.126953125
     """
+    check(grid, bits)
+    _whole("first", first, 1)
+    _whole("second", second, 2)
     return 4 + bits / first + (64 if grid == "min-max" else 32) / (first * second)
+
+
+def _whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{name}: expected a whole number of {least} or more; got {value!r}. QLoRA has blocks of 64 weights, "
+            f"and 256 scales to a second-level block."
+        )
 
 
 def check(grid: str, bits: int) -> None:

@@ -1,11 +1,12 @@
 """8-bit scales against bitsandbytes (all bits) and against the exact nearest level."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_edu import blockwise, codebooks, reference
+from qlora_edu import blockwise, codebooks, reference, scale_losses
 from qlora_edu.double_quantization import QuantizedScales, quantize_scales, to_blocks
 from qlora_edu.parity import differing, stored_weights
 
@@ -141,8 +142,33 @@ def test_to_blocks_fills_the_last_row_with_zeros(count, block_size):
         (torch.tensor([1.0, float("nan")]), r"scales: expected finite values; got nan"),
         (torch.tensor([1.0, float("inf")]), r"scales: expected finite values; got inf"),
         (torch.full((300,), 3e38), r"scales: their mean overflows.*double_quant=False"),
+        (None, r"scales: .*got None\. Convert them first: torch.as_tensor"),
+        ([1.0], r"scales: .*got \[1.0\]\. Convert"),
+        (np.ones(2, np.float32), r"scales: .*got array\(.*Convert"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused(scales, message):
     with pytest.raises(ValueError, match=message):
         quantize_scales(scales)
+
+
+@pytest.mark.parametrize(
+    ("flat", "block_size", "message"),
+    [
+        ([1.0], 2, r"flat: expected a non-empty 1-D tensor; got \[1.0\]"),
+        (torch.ones(2, 2), 2, r"flat: .*shape \(2, 2\)"),
+        (torch.ones(0), 2, r"flat: .*shape \(0,\)"),
+        (torch.ones(2), 0, "block_size: expected a whole number of 1 or more; got 0"),
+        (torch.ones(2), -3, "block_size: .*got -3"),
+        (torch.ones(2), 2.0, "block_size: .*got 2.0"),
+    ],
+)
+def test_what_has_no_rows_is_refused(flat, block_size, message):
+    with pytest.raises(ValueError, match=message):
+        to_blocks(flat, block_size)
+
+
+def test_three_times_refuses_what_is_no_tensor():
+    for way in (scale_losses.double, scale_losses.triple):
+        with pytest.raises(ValueError, match="scales: expected a non-empty 1-D float32 tensor; got None"):
+            way(None)

@@ -324,13 +324,14 @@ def tiny(monkeypatch):
     model, tokenizer = models.tiny()
     model = model.float().eval()
     monkeypatch.setattr(format_losses, "base", lambda: (model, tokenizer))
-    monkeypatch.setattr(format_losses, "measure", format_losses.measure.__wrapped__)
+    monkeypatch.setattr(format_losses, "_measure", format_losses._measure.__wrapped__)
     return model, tokenizer
 
 
 def test_losses_refuse_what_they_do_not_know(tiny):
-    with pytest.raises(ValueError, match="name: expected one of NF4, AF4"):
-        format_losses.measure("NF5")
+    for name in ("NF5", ["NF4"]):
+        with pytest.raises(ValueError, match="name: expected one of 'NF4', 'AF4'"):
+            format_losses.measure(name)
     with pytest.raises(ValueError, match=r"only: .*got 'no_such_layer'"):
         format_losses.measure("NF4", only="no_such_layer")
 

@@ -58,17 +58,6 @@ def test_the_histograms_and_the_gaps_are_those_of_the_data():
     assert values == pytest.approx(100 * np.diff(edges))
 
 
-def test_near_zero_shows_both_staircases():
-    diagonal, exact, looked_up = pictures.near_zero().axes[0].lines
-    x = diagonal.get_xdata() / 1e5
-    levels = codebooks.dynamic_8bit().double().numpy()
-    least = np.abs(x[:, None] - levels).min(axis=1)
-    assert np.abs(exact.get_ydata() / 1e5 - x) == pytest.approx(least, abs=1e-9)
-    assert (np.abs(looked_up.get_ydata() / 1e5 - x) > least + 1e-7).any()
-    middle = np.abs(x) < 1e-6
-    assert set(np.round(looked_up.get_ydata()[middle], 3)) <= {-2.125, 2.125}
-
-
 def test_an_interval_without_zero_is_red():
     axes = pictures.losses({"small": (1.0, 1.0), "large": (5.0, 1.0)}, "loss").axes[0]
     assert [line.get_color() for line in axes.lines if line.get_marker() == "o"] == [
@@ -116,3 +105,24 @@ def test_every_control_changes_the_picture(sample, capsys):
 def test_a_choice_beyond_the_picture_is_marked_at_its_edge(sample, capsys):
     y = pictures.trade(**START | {"bits": 2}).axes[0].lines[-1].get_ydata()
     assert y[0] == 17.6 and 100 * pictures.error(64, 256, 2, True, "dynamic") > 17.6
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"grid": "e4m3"}, "grid: expected one of 'dynamic', 'uniform', 'min-max'; got 'e4m3'"),
+        ({"bits": 32}, "bits: expected one of 2, .*, 8; got 32"),
+        ({"first": 48}, "first: .*got 48"),
+        ({"second": 0}, "second: .*got 0"),
+        ({"offset": "no"}, "offset: .*got 'no'"),
+    ],
+)
+def test_trade_refuses_what_it_cannot_draw_before_it_prints(sample, capsys, change, says):
+    with pytest.raises(ValueError, match=says):
+        pictures.trade(**(START | change))
+    assert capsys.readouterr().out == ""
+
+
+def test_no_losses_are_no_picture():
+    with pytest.raises(ValueError, match="rows: expected one way or more"):
+        pictures.losses({}, "loss")

@@ -139,6 +139,22 @@ def test_the_search_of_the_cuda_kernel_finds_the_nearest_level():
         ({"scales": [1.0]}, r"scales: .*got \[1.0\]"),
         ({"scales": torch.tensor([1.0, float("nan")])}, "scales: expected finite values"),
         ({"scales": torch.tensor([1.0, float("inf")])}, "scales: expected finite values"),
+        ({"scales": None}, r"scales: .*got None\. Convert"),
+        ({"scales": np.ones(2, np.float32)}, r"scales: .*got array\(.*torch.as_tensor"),
+        ({"scales": torch.tensor([3e38, 3e38])}, r"scales: .*sums fit float32; got 3.00e\+38"),
+        ({"scales": torch.tensor([-3e38, 3e38]), "grid": "min-max", "offset": False}, "scales: .*sums fit"),
+        ({"scales": torch.full((300,), 8e37)}, "scales: their mean overflows"),
+        (
+            {"scales": torch.tensor([-1.0, -2.0, 3.0]), "grid": "unsigned dynamic", "offset": False},
+            "scales: expected none below 0 with the grid 'unsigned dynamic'; got -2.0",
+        ),
+        (
+            {"scales": torch.tensor([-1.0, 3.0]), "grid": "unsigned uniform", "offset": False},
+            "scales: expected none below 0",
+        ),
+        ({"offset": "no"}, "offset: expected True .* or False; got 'no'"),
+        ({"offset": 0.3}, "offset: .*got 0.3"),
+        ({"offset": None}, "offset: .*got None"),
         ({"grid": "log"}, "grid: expected one of dynamic, .*got 'log'"),
         ({"bits": 9}, "bits: expected a whole number from 2 to 8; got 9"),
         ({"bits": 1}, "bits: .*got 1"),
@@ -152,6 +168,37 @@ def test_the_search_of_the_cuda_kernel_finds_the_nearest_level():
 def test_what_cannot_be_stored_is_refused(arguments, says):
     with pytest.raises(ValueError, match=says):
         store(**({"scales": torch.ones(4)} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((-64,), "first: expected a whole number of 1 or more; got -64"),
+        ((0,), "first: .*got 0"),
+        (("64",), "first: .*got '64'"),
+        ((64, 9), "bits: .*got 9"),
+        ((64, 8, 1), "second: expected a whole number of 2 or more; got 1"),
+        ((64, 8, 256, "foo"), "grid: .*got 'foo'"),
+    ],
+)
+def test_what_no_weight_can_cost_is_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        bits_per_weight(*arguments)
+
+
+@pytest.mark.parametrize("x", [torch.tensor([float("nan")]), [0.5], torch.tensor([1])])
+def test_what_has_no_nearest_level_is_refused(x):
+    with pytest.raises(ValueError, match="x: expected a floating tensor of finite values"):
+        nearest(x, "dynamic")
+
+
+def test_levels_check_what_they_are_asked_for_each_time():
+    levels("dynamic", 8)
+    with pytest.raises(ValueError, match=r"bits: .*got 8\.0"):
+        levels("dynamic", 8.0)
+    with pytest.raises(ValueError, match=r"grid: .*got \['dynamic'\]"):
+        levels(["dynamic"])
+    assert levels("dynamic") is levels("dynamic", 8)
 
 
 def test_min_max_has_no_levels_of_its_own():

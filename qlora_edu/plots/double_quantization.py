@@ -1,19 +1,19 @@
-"""What chapter 05 draws: the dynamic map, where real scales fall on it, bitsandbytes' table, and bits against error."""
+"""What chapter 05 draws: the dynamic map, where real scales fall on it, losses, and bits against error."""
 
 from functools import cache
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from qlora_edu import blockwise, double_quantization, models, second_level
+from qlora_edu import blockwise, models, second_level
 from qlora_edu.plots.figures import BLUE, CARD, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
 
 FIRST, SECOND, BITS = (32, 64, 128, 256, 512, 1024), (64, 128, 256, 512, 1024, 4096), range(2, 9)
 SAMPLE = "encoder.layer.3.intermediate.dense.weight"  # of MiniLM, (1536, 384): float32, never rounded before
+GRIDS = ("dynamic", "uniform", "min-max")  # that come in 2 to 8 bits, with the mean and without
 SHADES = plt.get_cmap("viridis")(np.linspace(0.0, 0.82, 7))  # decade 0 to 6
 
 
@@ -75,28 +75,10 @@ def against_levels(without: Tensor, centred: Tensor) -> Figure:
     return figure
 
 
-def near_zero(reach: float = 1.1e-4) -> Figure:
-    """The level that is nearest, and the one that bitsandbytes' table of 65,536 positions gives, close to zero."""
-    levels, table = double_quantization._dynamic_map(torch.device("cpu"))
-    x = torch.linspace(-reach, reach, 4001, dtype=torch.float64)
-    looked_up = table[((x.float() + 1) * 0.5 * 65_535 + 0.5).int()].long()
-    exact = second_level.nearest(x.float(), "dynamic")
-    figure, axes = plt.subplots(figsize=(7, 3.1))
-    scale = 1e5
-    axes.plot(scale * x, scale * x, color=INK, linewidth=0.8, linestyle=":", label="what it should be")
-    axes.plot(scale * x, scale * levels[exact], color=BLUE, linewidth=1.6, label="nearest level")
-    axes.plot(
-        scale * x, scale * levels[looked_up], color=VERMILLION, linewidth=1.6, label="level in the table"
-    )
-    axes.set(
-        xlabel="quotient, in 1/100,000", ylabel="level, in 1/100,000", xlim=(-scale * reach, scale * reach)
-    )
-    axes.legend()
-    return figure
-
-
 def losses(rows: dict[str, tuple[float, float]], xlabel: str) -> Figure:
     """A dot and a 95% interval for each way. rows: {name: (difference, standard error over 12 passages)}."""
+    if not rows:
+        raise ValueError("rows: expected one way or more; got none. Measure one first.")
     figure, axes = plt.subplots(figsize=(7, 0.9 + 0.33 * len(rows)))
     for y, (mean, deviation) in enumerate(rows.values()):
         color = VERMILLION if abs(mean) > 2.2 * deviation else BLUE
@@ -139,8 +121,12 @@ def trade(first: int, second: int, bits: int, offset: bool, grid: str) -> Figure
 
     Args:
         first: weights in a block. second: scales in a second-level block.
-        bits: of a scale. offset: subtract the mean. grid: "dynamic", "uniform" or "min-max".
+        bits: of a scale. offset: subtract the mean. grid: one of GRIDS.
     """
+    allowed = {"first": FIRST, "second": SECOND, "bits": tuple(BITS), "offset": (True, False), "grid": GRIDS}
+    for name, value in zip(allowed, (first, second, bits, offset, grid), strict=True):
+        if value not in allowed[name]:
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed[name]))}; got {value!r}.")
     chosen = second_level.bits_per_weight(first, bits, second, grid), error(first, second, bits, offset, grid)
     plain = 4 + 32 / first, error(first, second, 32, offset, grid)
     print(
