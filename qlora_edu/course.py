@@ -26,12 +26,13 @@ def begin() -> tuple[torch.device, torch.dtype]:
     if threads > 1 and doctor.product_seconds(threads) > 3 * doctor.product_seconds(1):
         torch.set_num_threads(1)  # threads that wait for a busy core cost more than they bring
         print(f"threads: 1, because {threads} are slower on this machine just now")
+    threads = torch.get_num_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, reason = models.pick_dtype(device)
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads"
+        else f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     )
     print(f"qlora-edu {qlora_edu.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"device: {where}")

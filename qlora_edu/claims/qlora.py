@@ -12,6 +12,7 @@ from qlora_edu import counts, lora, memory, models, qlora, reference
 from qlora_edu.claims.ledger import recomputes
 from qlora_edu.memory.parts import adapter_sizes, quantized
 from qlora_edu.memory.shapes import Shape, on_meta, shape_of
+from qlora_edu.models.convert import quiet_transformers
 
 MIB = 2**20
 IDS = torch.arange(24).view(2, 12) * 7 % 250
@@ -50,7 +51,8 @@ def _loaded_4bit(**options) -> nn.Module:
     """The small random model as transformers and bitsandbytes load it."""
     model, _ = models.tiny(dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
         return reference.load_4bit(folder, **options)
 
 
