@@ -79,24 +79,33 @@ def int4() -> Tensor:
     return torch.tensor([*range(7, -1, -1), *range(0, -8, -1)], dtype=torch.float32) / 7
 
 
-def dynamic_8bit() -> Tensor:
-    """The signed 8-bit dynamic map: seven decades of magnitude, each finer than the one below it.
+def dynamic_map(bits: int = 8, signed: bool = True) -> Tensor:
+    """The dynamic map: `bits` - 1 decades of magnitude, each cut twice as fine as the one below it.
 
-    Decade `i` spans 0.1 to 1 times 10**(i - 6) and is cut into 2**i equal intervals, whose midpoints are levels, with
-    either sign; 0 and 1 are added. Small values keep their order of magnitude, large ones up to 64 steps a decade.
+    Decade `i` spans 0.1 to 1 times 10**(i - bits + 2) and is cut into 2**i equal intervals, whose midpoints are levels
+    with either sign; 0 and 1 are added. Without signs it is cut into 2**(i + 1). Small values keep their order of
+    magnitude, large ones have up to 64 steps a decade (of 8 bits; 128 without signs).
+
+    Args:
+        bits: 2 to 8. signed: whether there are negative levels.
 
     Returns:
-        float32 tensor of shape (256,), ascending, from -0.993 to 1, with an exact zero at code 127.
+        float32 tensor of shape (2**bits,), ascending, with an exact zero.
 
-    >>> levels = dynamic_8bit()
+    Raises:
+        ValueError: for other bits.
+
+    >>> levels = dynamic_map()
     >>> levels.numel(), round(levels[0].item(), 4), levels[127].item(), levels[255].item()
     (256, -0.993, 0.0, 1.0)
     """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits: expected a whole number from 2 to 8; got {bits!r}")
     levels = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)  # (2**i + 1,)
-        midpoints = (edges[:-1] + edges[1:]) / 2  # (2**i,)
-        levels += (10 ** (i - 6) * midpoints).tolist() + (-(10 ** (i - 6)) * midpoints).tolist()
+    for i in range(bits - 1):
+        edges = torch.linspace(0.1, 1, 2 ** (i + (not signed)) + 1, dtype=torch.float32)
+        midpoints = (10 ** (i - bits + 2) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        levels += midpoints + [-m for m in midpoints] * signed
     return torch.tensor(sorted(levels), dtype=torch.float32)
 
 

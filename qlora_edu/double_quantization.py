@@ -22,11 +22,14 @@ _POSITIONS = 65_536
 
 
 @cache
-def _dynamic_map(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 256 levels (float32), and the code (uint8) of the level nearest to each of 65,536 positions in [-1, 1]."""
-    levels = codebooks.dynamic_8bit()
-    positions = torch.linspace(-1, 1, _POSITIONS, dtype=torch.float64)
-    nearest = torch.bucketize(positions, ((levels[:-1] + levels[1:]) / 2).double())
+def _table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 256 levels (float32), and the code (uint8) of the level nearest to each of 65,536 positions in [-1, 1].
+
+    The positions are spaced in float32, as bitsandbytes does it: float64 gives one other code of the unsigned map.
+    """
+    levels = codebooks.dynamic_map(signed=signed)
+    positions = torch.arange(_POSITIONS).float() / (_POSITIONS - 1) * 2 - 1
+    nearest = torch.bucketize(positions, (levels[:-1] + levels[1:]) / 2)
     return levels.to(device), nearest.to(torch.uint8).to(device)
 
 
@@ -42,6 +45,30 @@ def to_blocks(flat: Tensor, block_size: int) -> Tensor:
         raise ValueError(f"block_size: expected a whole number of 1 or more; got {block_size!r}.")
     missing = -flat.numel() % block_size
     return (torch.nn.functional.pad(flat, (0, missing)) if missing else flat).view(-1, block_size)
+
+
+def encode(values: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """Numbers in blocks of 256 as bitsandbytes stores them in 8 bits: the dynamic map, and an absmax for each block.
+
+    values: float32 (n,), n >= 1, finite; none below 0 for the unsigned map.
+
+    Returns:
+        codes, uint8 (n,), and absmax, float32 (ceil(n / 256),).
+    """
+    _, nearest = _table(signed, values.device)
+    rows = to_blocks(values, BLOCK_SIZE)
+    absmax = rows.abs().amax(dim=1)  # (rows,)
+    # Where a whole row is zero, 0 * (1 / 0) is NaN; any code would do, and bitsandbytes stores that of position -1.
+    normalised = (rows * (1 / absmax)[:, None]).nan_to_num(nan=-1.0).clamp(-1, 1)
+    position = (normalised + 1) * 0.5 * (_POSITIONS - 1) + 0.5
+    return nearest[position.to(torch.int32)].flatten()[: values.numel()], absmax
+
+
+def decode(codes: Tensor, absmax: Tensor, signed: bool = True) -> Tensor:
+    """The numbers again, float32 (n,): level times absmax."""
+    levels, _ = _table(signed, codes.device)
+    rows = to_blocks(levels[codes.int()], BLOCK_SIZE) * absmax[:, None]
+    return rows.flatten()[: codes.numel()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +91,7 @@ class QuantizedScales:
 
     def dequantize(self) -> Tensor:
         """The scales again, float32 (n,): level * second-level scale + offset, rounded after each step."""
-        levels, _ = _dynamic_map(self.codes.device)
-        rows = to_blocks(levels[self.codes.int()], BLOCK_SIZE) * self.absmax[:, None]
-        return rows.flatten()[: self.codes.numel()] + self.offset
+        return decode(self.codes, self.absmax) + self.offset
 
     def to(self, device: torch.device | str) -> "QuantizedScales":
         return QuantizedScales(*(t.to(device=device) for t in (self.codes, self.absmax, self.offset)))
@@ -116,12 +141,5 @@ def quantize_scales(scales: Tensor) -> QuantizedScales:
     ([0, 131, 255], 2.0, [1.0])
     """
     check_scales(scales)
-    _, nearest = _dynamic_map(scales.device)
     offset = mean_of(scales)
-    rows = to_blocks(scales - offset, BLOCK_SIZE)
-    absmax = rows.abs().amax(dim=1)  # (rows,)
-    # Where a whole row is zero, 0 * (1 / 0) is NaN; any code would do, and bitsandbytes stores code 0.
-    normalised = (rows * (1 / absmax)[:, None]).nan_to_num(nan=-1.0).clamp(-1, 1)
-    position = (normalised + 1) * 0.5 * (_POSITIONS - 1) + 0.5
-    codes = nearest[position.to(torch.int32)].flatten()[: scales.numel()]
-    return QuantizedScales(codes, absmax, offset)
+    return QuantizedScales(*encode(scales - offset), offset)

@@ -126,27 +126,37 @@ def measure(name: str | None = None, only: str = "", tokens: int | None = TOKENS
 
 @cache
 def _measure(function: Callable[[Tensor], Tensor] | None, only: str, tokens: int | None) -> Loss:
+    if function is None:
+        return loss_with(lambda name, weight: None, tokens)
+    return loss_with(lambda name, weight: function(weight) if only in name else None, tokens)
+
+
+def loss_with(change: Callable[[str, Tensor], Tensor | None], tokens: int | None = TOKENS) -> Loss:
+    """The loss of the base model with other weights in its linear layers.
+
+    Args:
+        change: (name, weight) -> the weight to take instead, float32 (out, in), or None to leave it; called for one
+            layer after the other, in the model's order.
+        tokens: as in `measure`.
+    """
     model, tokenizer = base()
-    names = list(linear_layers(model))
-    layer = iter(names)
+    names = iter(linear_layers(model))
     lost = size = 0.0
 
-    def change(weight: Tensor) -> Tensor:  # called for one layer after the other, in their order
+    def rounded(weight: Tensor) -> Tensor:
         nonlocal lost, size
-        if only not in next(layer):
+        other = change(next(names), weight)
+        if other is None:
             return weight
-        rounded = function(weight)
-        lost += (rounded - weight).square().sum(dtype=torch.float64).item()
+        lost += (other - weight).square().sum(dtype=torch.float64).item()
         size += weight.square().sum(dtype=torch.float64).item()
-        return rounded
+        return other
 
     texts = perplexity.passages()
     lengths = tuple(perplexity.scored_lengths(tokenizer, texts, tokens))
-    if function is None:
-        return Loss(perplexity.token_nll(model, tokenizer, texts, tokens), lengths, 0.0)
-    with perplexity.rounded_weights(model, change):
+    with perplexity.rounded_weights(model, rounded):
         nll = perplexity.token_nll(model, tokenizer, texts, tokens)
-    return Loss(nll, lengths, (lost / size) ** 0.5)
+    return Loss(nll, lengths, (lost / size) ** 0.5 if size else 0.0)
 
 
 def main() -> None:

@@ -41,19 +41,13 @@ def _zero_and_steps() -> Tensor:
     return torch.tensor([k / 7 for k in range(-7, 0)] + [k / 8 for k in range(9)], dtype=torch.float64)
 
 
-def _dynamic() -> Tensor:
-    """`codebooks.dynamic_8bit` with 4 bits: three decades, cut into 1, 2 and 4 intervals, whose midpoints count."""
-    positive = [10.0 ** (i - 2) * (0.1 + 0.9 * (k + 0.5) / 2**i) for i in range(3) for k in range(2**i)]
-    return torch.tensor([-p for p in positive] + [0.0] + positive + [1.0], dtype=torch.float64)
-
-
 LEVELS = {
     "nf4": codebooks.nf4,
     "fp4": codebooks.fp4,  # bitsandbytes' E2M1; its smallest number is 1/16 where the standard has 1
     "e2m1": lambda: _two_sided([0.5, 1, 1.5, 2, 3, 4, 6]),
     "e3m0": lambda: _two_sided([2.0**e for e in range(7)]),  # powers of two only
     "int4": codebooks.int4,
-    "dynamic4": _dynamic,
+    "dynamic4": lambda: codebooks.dynamic_map(4),
     "af4": lambda: lloyd.abnormal_float(64),
     "lloyd-max": lambda: lloyd.best_levels(64),
     "lloyd-max-zero": lambda: lloyd.best_levels(64, pinned=(-1, 0, 1)),

@@ -73,7 +73,7 @@ def compare_codebooks() -> Iterator[Row]:
     functional = reference.bitsandbytes().functional
     yield row("NF4 codebook", (codebooks.nf4(), functional.get_4bit_type("nf4", device="cpu")))
     yield row("FP4 codebook", (codebooks.fp4(), functional.get_4bit_type("fp4", device="cpu")))
-    yield row("8-bit dynamic map", (codebooks.dynamic_8bit(), functional.create_dynamic_map()))
+    yield row("8-bit dynamic map", (codebooks.dynamic_map(), functional.create_dynamic_map()))
 
 
 def _pairs(weight: Tensor, block_size: int, codebook: str, double_quant: bool) -> list[tuple[Tensor, Tensor]]:

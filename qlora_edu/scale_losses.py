@@ -15,7 +15,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from qlora_edu import blockwise, format_losses, perplexity, stored
+from qlora_edu import blockwise, format_losses, stored
 from qlora_edu.blockwise import QuantizedTensor
 from qlora_edu.double_quantization import QuantizedScales, quantize_scales
 from qlora_edu.format_losses import TOKENS, Loss
@@ -67,11 +67,10 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @cache
-def quantized() -> tuple[QuantizedTensor, ...]:
-    """NF4 in blocks of 64, with 32-bit scales, of each linear layer in their order: 60 MB."""
-    return tuple(
-        blockwise.quantize(layer.weight) for layer in linear_layers(format_losses.base()[0]).values()
-    )
+def quantized() -> dict[str, QuantizedTensor]:
+    """NF4 in blocks of 64, with 32-bit scales, of each linear layer by its name: 60 MB."""
+    layers = linear_layers(format_losses.base()[0])
+    return {name: blockwise.quantize(layer.weight) for name, layer in layers.items()}
 
 
 def measure(name: str, tokens: int | None = TOKENS) -> Loss:
@@ -93,23 +92,13 @@ def measure(name: str, tokens: int | None = TOKENS) -> Loss:
 
 @cache
 def _measure(way: Callable[[Tensor], Tensor], tokens: int | None) -> Loss:
-    model, tokenizer = format_losses.base()
-    layers = iter(quantized())
-    lost = size = 0.0
+    layers = quantized()
 
-    def change(weight: Tensor) -> Tensor:  # called for one layer after the other, in their order
-        nonlocal lost, size
-        layer = next(layers)
-        rounded = replace(layer, stored_scales=way(layer.stored_scales)).dequantize()
-        lost += (rounded - weight).square().sum(dtype=torch.float64).item()
-        size += weight.square().sum(dtype=torch.float64).item()
-        return rounded
+    def change(name: str, weight: Tensor) -> Tensor:
+        layer = layers[name]
+        return replace(layer, stored_scales=way(layer.stored_scales)).dequantize()
 
-    texts = perplexity.passages()
-    lengths = tuple(perplexity.scored_lengths(tokenizer, texts, tokens))
-    with perplexity.rounded_weights(model, change):
-        nll = perplexity.token_nll(model, tokenizer, texts, tokens)
-    return Loss(nll, lengths, (lost / size) ** 0.5)
+    return format_losses.loss_with(change, tokens)
 
 
 def main() -> None:

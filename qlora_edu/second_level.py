@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qlora_edu import codebooks
 from qlora_edu.double_quantization import BLOCK_SIZE, check_scales, mean_of, to_blocks
 
 GRIDS = ("dynamic", "uniform", "unsigned dynamic", "unsigned uniform", "min-max", "e4m3")
@@ -25,9 +26,9 @@ GRIDS = ("dynamic", "uniform", "unsigned dynamic", "unsigned uniform", "min-max"
 def levels(grid: str, bits: int = 8) -> Tensor:
     """The levels of a grid in [-1, 1], ascending float32. They are shared: do not write to them.
 
-    dynamic            sign; decade i of bits - 1 is cut into 2**i equal intervals, whose midpoints count; 0 and 1
+    dynamic            `codebooks.dynamic_map`: decades, each cut twice as fine as the one below it
     uniform            whole numbers from -q to q, divided by q = 2**(bits - 1) - 1: symmetric integers
-    unsigned dynamic   the same decades, from 0 up only and cut twice as fine
+    unsigned dynamic   the same from 0 up only, and cut twice as fine
     unsigned uniform   whole numbers from 0 to q, divided by q = 2**bits - 1
     e4m3               the 8-bit float of current hardware, divided by its largest number, 448
 
@@ -51,13 +52,7 @@ def _levels(grid: str, bits: int) -> Tensor:
     if "uniform" in grid:
         largest = 2**bits - 1 if "unsigned" in grid else 2 ** (bits - 1) - 1
         return torch.arange(0 if "unsigned" in grid else -largest, largest + 1) / largest
-    found = [0.0, 1.0]
-    for i in range(bits - 1):
-        pieces = 2 ** (i + 1) if "unsigned" in grid else 2**i
-        edges = torch.linspace(0.1, 1, pieces + 1, dtype=torch.float32)
-        midpoints = (10 ** (i - (bits - 2)) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-        found += midpoints if "unsigned" in grid else midpoints + [-m for m in midpoints]
-    return torch.tensor(sorted(found), dtype=torch.float32)
+    return codebooks.dynamic_map(bits, signed="unsigned" not in grid)
 
 
 def nearest(x: Tensor, grid: str, bits: int = 8) -> Tensor:

@@ -41,7 +41,7 @@ def to_stored(quantized: QuantizedTensor) -> dict[str, Tensor]:
     if isinstance(scales, QuantizedScales):
         tensors[".absmax"] = scales.codes
         tensors[".nested_absmax"] = scales.absmax
-        tensors[".nested_quant_map"] = codebooks.dynamic_8bit().to(scales.codes.device)
+        tensors[".nested_quant_map"] = codebooks.dynamic_map().to(scales.codes.device)
         facts |= {
             "nested_blocksize": double_quantization.BLOCK_SIZE,
             "nested_dtype": "float32",

@@ -93,8 +93,14 @@ def test_the_saved_tables_are_those_of_the_ledger(path, monkeypatch):
         assert saved == shown
 
 
+def test_a_chapter_names_every_claim():
+    """It weighs those that it needs, and says how to see the others."""
+    text = "".join(path.read_text(encoding="utf-8") for path in NOTEBOOKS)
+    for id in claims.entries():
+        assert f'\\"{id}\\"' in text, f"{id} is named nowhere"
+
+
 def test_every_claim_stands_in_the_appendix_as_saved_with_its_verdict():
-    """A chapter weighs those that it needs; none may be left out of the whole ledger."""
     appendix = json.loads((NOTEBOOKS[0].parent / "claims.ipynb").read_text(encoding="utf-8"))
     outputs = [output for cell in appendix["cells"] for output in cell.get("outputs", [])]
     tables = ["".join(output.get("data", {}).get("text/markdown", "")) for output in outputs]

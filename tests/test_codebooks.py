@@ -18,7 +18,7 @@ def test_every_bit_is_that_of_bitsandbytes(name):
 
 def test_the_8_bit_map_is_that_of_bitsandbytes():
     theirs = reference.bitsandbytes().functional.create_dynamic_map()
-    assert differing(codebooks.dynamic_8bit(), theirs) == (256, 0)
+    assert differing(codebooks.dynamic_map(), theirs) == (256, 0)
 
 
 def test_nf4_is_made_of_normal_quantiles_as_scipy_computes_them():
@@ -55,7 +55,7 @@ def test_int4_is_the_integers_from_7_down_to_minus_7():
 
 
 def test_the_8_bit_map_has_2_to_the_i_midpoints_of_either_sign_in_decade_i():
-    levels = codebooks.dynamic_8bit().double()
+    levels = codebooks.dynamic_map().double()
     assert levels[127] == 0 and levels[255] == 1 and (levels.diff() > 0).all()
     for i in range(7):
         low, high = 10.0 ** (i - 7), 10.0 ** (i - 6)
@@ -82,7 +82,7 @@ def test_an_unknown_codebook_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("make", [codebooks.nf4, codebooks.fp4, codebooks.int4, codebooks.dynamic_8bit])
+@pytest.mark.parametrize("make", [codebooks.nf4, codebooks.fp4, codebooks.int4, codebooks.dynamic_map])
 def test_the_default_dtype_does_not_matter(make, default):
     """Models are loaded under another default dtype, and the first table made is kept for good."""
     expected = make()
@@ -92,3 +92,9 @@ def test_the_default_dtype_does_not_matter(make, default):
     finally:
         torch.set_default_dtype(torch.float32)
     assert differing(found, expected) == (expected.numel(), 0)
+
+
+@pytest.mark.parametrize("bits", [1, 9, 8.0, True, "8"])
+def test_a_dynamic_map_has_2_to_8_bits(bits):
+    with pytest.raises(ValueError, match="bits: expected a whole number from 2 to 8"):
+        codebooks.dynamic_map(bits)

@@ -66,7 +66,7 @@ def test_no_code_is_further_from_its_value_than_the_nearest_by_more_than_a_posit
     stored = quantize_scales(scales)
     rows = to_blocks(scales - stored.offset, 256).double()
     exact = (rows / stored.absmax[:, None].double()).flatten()[:count]
-    levels = codebooks.dynamic_8bit().double()
+    levels = codebooks.dynamic_map().double()
     distance = (exact - levels[stored.codes.long()]).abs()
     nearest = (exact[:, None] - levels).abs().amin(dim=1)
     assert (distance <= nearest + STEP + 1e-6).all()
@@ -78,7 +78,7 @@ def test_some_codes_near_zero_are_not_the_nearest():
     stored = quantize_scales(scales)
     rows = to_blocks(scales - stored.offset, 256)
     normalised = (rows / stored.absmax[:, None]).flatten()[: scales.numel()]
-    levels = codebooks.dynamic_8bit()
+    levels = codebooks.dynamic_map()
     nearest = torch.bucketize(normalised, (levels[:-1] + levels[1:]) / 2)
     odd = nearest != stored.codes
     assert 0 < odd.sum() < 0.01 * len(scales)

@@ -679,11 +679,6 @@ def test_the_longest_row_is_not_looked_for_without_end():
 # --- 8-bit states ----------------------------------------------------------------------------------------
 
 
-def test_the_unsigned_map_is_that_of_bitsandbytes():
-    theirs = reference.bitsandbytes().functional.create_dynamic_map(signed=False)
-    assert torch.equal(states8.unsigned_map(), theirs)
-
-
 @few
 @given(st.integers(1, 3000), st.integers(0, 50_000), st.booleans(), st.sampled_from([1e-12, 1.0, 1e6]))
 def test_codes_scales_and_decoded_states_are_those_of_bitsandbytes(n, start, signed, size):

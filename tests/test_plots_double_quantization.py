@@ -1,11 +1,7 @@
 """The pictures of chapter 05 show what is computed from their data, and every control changes them."""
 
-import io
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from PIL import Image
 
 from qlora_edu import blockwise, codebooks, double_quantization, plots, second_level
 from qlora_edu.parity import stored_weights
@@ -14,12 +10,7 @@ from qlora_edu.plots import double_quantization as pictures
 START = {"first": 64, "second": 256, "bits": 8, "offset": True, "grid": "dynamic"}
 
 
-@pytest.fixture(autouse=True)
-def leave_matplotlib_as_it_was():
-    with plt.rc_context():
-        plots.use_style()
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("course_style")
 
 
 @pytest.fixture
@@ -32,17 +23,13 @@ def sample(monkeypatch):
     pictures._sample.cache_clear(), pictures.error.cache_clear()
 
 
-def pixels(figure):
-    return np.asarray(Image.open(io.BytesIO(plots.png(figure))).convert("RGB"))
-
-
 def test_the_map_is_drawn_with_its_bits_and_all_its_levels():
     left, right = pictures.dynamic_map().axes
     text = [t.get_text() for t in left.texts]
     rows = ["".join(text[8 * i : 8 * i + 8]) for i in range(7)]
     assert rows[0] == "s0000001" and rows[3] == "s0001fff" and rows[6] == "s1ffffff"
     drawn = [segment[0, 0] for lines in right.collections for segment in lines.get_segments()]
-    levels = codebooks.dynamic_8bit()
+    levels = codebooks.dynamic_map()
     assert sorted(drawn) == pytest.approx(levels[(levels > 0) & (levels < 1)].tolist())
 
 
@@ -54,7 +41,7 @@ def test_the_histograms_and_the_gaps_are_those_of_the_data():
         expected, _ = np.histogram(x.numpy(), bins=np.arange(low, 1.0001, 0.025), density=True)
         assert [patch.get_height() for patch in ax.patches] == pytest.approx(expected.tolist())
     values, edges, _ = figure.axes[3].patches[0].get_data()
-    assert edges.tolist() == pytest.approx(codebooks.dynamic_8bit().tolist())
+    assert edges.tolist() == pytest.approx(codebooks.dynamic_map().tolist())
     assert values == pytest.approx(100 * np.diff(edges))
 
 
@@ -97,9 +84,9 @@ def test_trade_prints_and_marks_the_choice(sample, capsys):
 
 
 def test_every_control_changes_the_picture(sample, capsys):
-    start = pixels(pictures.trade(**START))
+    start = plots.png(pictures.trade(**START))
     for change in ({"first": 32}, {"second": 512}, {"bits": 7}, {"offset": False}, {"grid": "uniform"}):
-        assert not np.array_equal(start, pixels(pictures.trade(**START | change))), change
+        assert start != plots.png(pictures.trade(**START | change)), change
 
 
 def test_a_choice_beyond_the_picture_is_marked_at_its_edge(sample, capsys):

@@ -6,6 +6,7 @@ import torch
 from qlora_edu import plots, spectra
 from qlora_edu.plots import lora as drawings
 
+pytestmark = pytest.mark.usefixtures("course_style")
 START = {"source": "update", "matrix": "q_proj", "rank": 8}
 
 

@@ -1,16 +1,11 @@
 """The figures of chapter 01: they show what they are given, and every control moves the calculator."""
 
-import matplotlib.pyplot as plt
 import pytest
 
 from qlora_edu import memory, plots
 from qlora_edu.plots import memory as draw
 
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("course_style")
 
 
 def texts(figure):

@@ -2,18 +2,13 @@
 
 import inspect
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 
 from qlora_edu import formats, lloyd, normalised, plots
 from qlora_edu.plots import nf4
 
-
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("course_style")
 
 
 def dots(figure):

@@ -1,6 +1,5 @@
 """The figures of chapter 07 show what they are given, and every control of the card changes its picture."""
 
-import matplotlib.pyplot as plt
 import pytest
 
 from qlora_edu import plots
@@ -9,13 +8,7 @@ from qlora_edu.paging import policies, runs
 from qlora_edu.plots import paging as draw
 from qlora_edu.plots import spikes
 
-
-@pytest.fixture(autouse=True)
-def leave_matplotlib_as_it_was():
-    with plt.rc_context():
-        plots.use_style()
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("course_style")
 
 
 def test_a_page_map_says_how_many_faults_and_marks_them():

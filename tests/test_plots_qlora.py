@@ -7,6 +7,7 @@ from qlora_edu.memory import decoded
 from qlora_edu.memory.activations import Work
 from qlora_edu.plots import qlora as drawings
 
+pytestmark = pytest.mark.usefixtures("course_style")
 START = {"model": "llama-7b", "length": 512, "rank": 64, "naive": True, "checkpointing": False}
 
 

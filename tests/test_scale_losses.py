@@ -5,21 +5,18 @@ from functools import cache
 import pytest
 import torch
 
-from qlora_edu import blockwise, format_losses, models, perplexity, scale_losses, second_level
+from qlora_edu import blockwise, format_losses, perplexity, scale_losses, second_level
 from qlora_edu.double_quantization import quantize_scales, to_blocks
 from qlora_edu.parity import stored_weights
 from qlora_edu.scale_losses import WAYS
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    model, tokenizer = models.tiny()
-    model = model.float().eval()
-    monkeypatch.setattr(format_losses, "base", lambda: (model, tokenizer))
+def tiny(tiny_base, monkeypatch):
     monkeypatch.setattr(scale_losses, "quantized", scale_losses.quantized.__wrapped__)
     for module in (format_losses, scale_losses):  # nothing remembered, before or after
         monkeypatch.setattr(module, "_measure", cache(module._measure.__wrapped__))
-    return model, tokenizer
+    return tiny_base
 
 
 @pytest.mark.parametrize(("name", "double_quant"), [("32 bits", False), ("dynamic", True)])

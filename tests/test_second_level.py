@@ -44,7 +44,7 @@ def test_dynamic_levels_are_those_of_bitsandbytes(bits):
 
 
 def test_eight_bits_are_the_course_s_map():
-    assert torch.equal(levels("dynamic"), codebooks.dynamic_8bit())
+    assert torch.equal(levels("dynamic"), codebooks.dynamic_map())
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -81,7 +81,7 @@ def gaps() -> dict[str, float]:
 @recomputes("double-fp8")
 def as_e4m3() -> dict[str, float]:
     """Levels in common with torch's float8_e4m3fn, both scaled to 1, and the error of the scales with either."""
-    ours, theirs = codebooks.dynamic_8bit(), second_level.levels("e4m3")
+    ours, theirs = codebooks.dynamic_map(), second_level.levels("e4m3")
     common = sum((theirs == level).any().item() for level in ours)
     return {"common": common, "dynamic": _error("smollm2"), "e4m3": _error("smollm2", "e4m3")}
 
@@ -147,7 +147,7 @@ def cuda_search(x: Tensor) -> Tensor:
 
     x: float32, scale / largest of its block. A binary search among the 256 levels, then halfway between two.
     """
-    levels = codebooks.dynamic_8bit().to(x.device)
+    levels = codebooks.dynamic_map().to(x.device)
     pivot = torch.full(x.shape, 127, device=x.device)
     lower, upper = torch.zeros_like(pivot), torch.full_like(pivot, 255)
     for step in (64, 32, 16, 8, 4, 2, 1):

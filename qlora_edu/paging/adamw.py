@@ -49,7 +49,7 @@ class PagedAdamW(torch.optim.Optimizer):
         memory: where the states live.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         min_numel: states of at least so many numbers are paged, smaller ones resident, as bitsandbytes does with 1e5.
-            `math.inf` pins all: that is AdamW without paging, under the same budget.
+            `math.inf` makes all resident: that is AdamW without paging, under the same budget.
         prefetch: move a parameter's states to the device before its update, as bitsandbytes does, as far as they fit.
 
     Its `state_dict` is that of torch.optim.AdamW: each can load the other's.

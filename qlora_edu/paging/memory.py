@@ -49,7 +49,6 @@ class UnifiedMemory:
         self._free = list(range(budget // page))
         # The managed ones of those pages in the order of their last touch: an ordered set, its values are all None.
         self._managed: OrderedDict[tuple[Block, int], None] = OrderedDict()
-        self._resident_frames = 0  # how many the resident blocks have
         self._blocks: dict[Block, None] = {}  # all that are allocated; a set
         self.faults = self.hits = self.bytes_in = self.bytes_out = 0
         self.timeline: list[Event] = []
@@ -62,7 +61,7 @@ class UnifiedMemory:
     @property
     def resident(self) -> int:
         """Bytes of ordinary pages, which are on the device as long as they exist."""
-        return self._resident_frames * self.page
+        return self.page * sum(block.pages for block in self._blocks if block.resident)
 
     def allocate(self, nbytes: int, name: str = "", resident: bool = False) -> Block:
         """A block of zeros: managed, in host RAM, or resident, on the device at once.
@@ -78,7 +77,6 @@ class UnifiedMemory:
             for index in range(block.pages):
                 block.frames[index] = self._frame()
                 self._device[block.frames[index]] = 0
-            self._resident_frames += block.pages
         else:
             block.host = torch.zeros(block.pages, self.page, dtype=torch.uint8)
         self._blocks[block] = None
@@ -93,7 +91,6 @@ class UnifiedMemory:
             self._device[frame] = POISON
             self._free.append(frame)
             self._managed.pop((block, index), None)
-        self._resident_frames -= block.pages if block.resident else 0
         block.frames.clear()
         self._note("free", block)
 
@@ -133,7 +130,7 @@ class UnifiedMemory:
         """Move managed pages in before they are touched, so that there is no fault: the first ones, as many as fit."""
         check_pairs(pages, self._check)
         managed = dict.fromkeys(pair for pair in pages if not pair[0].resident)
-        wanted = dict.fromkeys(list(managed)[: self.budget // self.page - self._resident_frames])
+        wanted = dict.fromkeys(list(managed)[: self._room()])
         for block, index in wanted:
             if index not in block.frames:
                 self._move_in(block, index, "prefetch", keep=wanted)
@@ -180,9 +177,12 @@ class UnifiedMemory:
         self.bytes_out += self.page
         self._note("evict", block, index)
 
+    def _room(self) -> int:
+        """Frames that managed pages have or could have."""
+        return len(self._device) - self.resident // self.page
+
     def _must_fit(self, frames: int, what: str) -> None:
-        room = self.budget // self.page - self._resident_frames
-        if frames > room:
+        if frames > self._room():
             raise OutOfMemory(
                 f"{what or 'a block'}: {frames * self.page:,} bytes do not fit: of a budget of {self.budget:,}, "
                 f"{self.resident:,} are resident, and only the {self.managed:,} bytes of managed pages can be evicted."

@@ -9,7 +9,18 @@ POLICIES = ("lru", "mru", "optimal")
 
 
 def faults(touches: Sequence[Hashable], frames: int, policy: str = "lru") -> list[bool]:
-    """Whether each touch is a fault, with a device that is empty at first.
+    """Whether each touch is a fault. Arguments and errors as in `trace`.
+
+    >>> faults("abcabc", 2), sum(faults("abcabc", 2, "mru")), sum(faults("abcabc", 2, "optimal"))
+    ([True, True, True, True, True, True], 4, 4)
+    """
+    return [fault for fault, _ in trace(touches, frames, policy)]
+
+
+def trace(
+    touches: Sequence[Hashable], frames: int, policy: str = "lru"
+) -> list[tuple[bool, tuple[Hashable, ...]]]:
+    """For each touch, whether it is a fault, and the pages on the device after it. The device is empty at first.
 
     Args:
         touches: pages, in the order in which they are used.
@@ -18,8 +29,8 @@ def faults(touches: Sequence[Hashable], frames: int, policy: str = "lru") -> lis
             one that is needed last in the future ("optimal", Belady 1966), which nothing can do better than, and no
             driver can know.
 
-    >>> faults("abcabc", 2), sum(faults("abcabc", 2, "mru")), sum(faults("abcabc", 2, "optimal"))
-    ([True, True, True, True, True, True], 4, 4)
+    Raises:
+        ValueError: if frames is no whole number of at least 1, or the policy none of these.
     """
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise ValueError(f"frames: expected a whole number of at least 1; got {frames!r}")
@@ -29,11 +40,12 @@ def faults(touches: Sequence[Hashable], frames: int, policy: str = "lru") -> lis
     present: dict[Hashable, int] = {}  # page -> when it is needed next; last touched stands last
     found = []
     for page, later in zip(touches, following, strict=True):
-        found.append(page not in present)
-        if page not in present and len(present) == frames:
+        fault = page not in present
+        if fault and len(present) == frames:
             del present[_victim(present, policy)]
         present.pop(page, None)
         present[page] = later
+        found.append((fault, tuple(present)))
     return found
 
 

@@ -13,6 +13,7 @@ light card of their own: on a transparent ground no ink is readable on both a wh
 """
 
 import io
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 from cycler import cycler
@@ -89,6 +90,14 @@ def show(figure: Figure, caption: str, alt: str | None = None) -> None:
     display(Image(png(figure), format="png", width=width, alt=(alt or caption).strip()))
     display(Markdown(f"*{caption.strip()}*"))
     plt.close(figure)
+
+
+def legend(figure: Figure, colors: Mapping[str, str]) -> None:
+    """Boxes of a colour with their names, above the figure. colors: {name: colour}."""
+    boxes = [plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor=INK, linewidth=0.4) for c in colors.values()]
+    figure.legend(
+        boxes, list(colors), loc="outside upper left", ncols=len(colors), fontsize=9, columnspacing=1.2
+    )
 
 
 def stacked_bars(rows: dict[str, dict[str, float]], xlabel: str, total: str = "{:,.0f}") -> Figure:

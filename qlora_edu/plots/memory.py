@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from qlora_edu.lora import LLAMA_LINEARS
 from qlora_edu.memory import PARTS, WEIGHTS, Timeline, predict
-from qlora_edu.plots.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
+from qlora_edu.plots.figures import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, legend
 
 GB = 1e9
 COLORS = {
@@ -37,9 +37,12 @@ def grouped(parts: Mapping[str, float], unit: float = 1) -> dict[str, float]:
 
 
 def stacks(
-    rows: Mapping[str, Mapping[str, float]], unit: str = "GB", lines: tuple[float, ...] = ()
+    rows: Mapping[str, Mapping[str, float]],
+    unit: str = "GB",
+    lines: tuple[float, ...] = (),
+    colors: Mapping[str, str] = COLORS,
 ) -> Figure:
-    """A bar for each row, cut into the parts of COLORS, with vertical lines at some sizes.
+    """A bar for each row, cut into the parts that `colors` names, with vertical lines at some sizes.
 
     Args:
         rows: {"QLoRA": {"weights": 3.9, "adapter": 0.3, ...}}, in units of `unit`.
@@ -48,7 +51,7 @@ def stacks(
     totals = [sum(sizes.values()) for sizes in rows.values()]
     width = 1.18 * max(totals)
     for row, (sizes, total) in enumerate(zip(rows.values(), totals, strict=True)):
-        _bar(axes, row, sizes)
+        _bar(axes, row, sizes, colors)
         at = max(
             [line for line in lines if total < line < total + 0.15 * width], default=total
         )  # not on a line
@@ -59,7 +62,7 @@ def stacks(
     axes.set_ylim(len(rows) - 0.4, -0.6 - 0.35 * bool(lines))
     axes.grid(axis="y", visible=False)
     _lines(axes, lines, unit)
-    _legend(figure, [name for name in COLORS if any(name in sizes for sizes in rows.values())])
+    legend(figure, {name: c for name, c in colors.items() if any(name in sizes for sizes in rows.values())})
     return figure
 
 
@@ -96,7 +99,7 @@ def calculator(
     figure, (top, bottom) = plt.subplots(
         2, figsize=(7, 3.7), gridspec_kw={"height_ratios": [1, 3.2]}, sharex=True
     )
-    _bar(top, 0, sizes)
+    _bar(top, 0, sizes, COLORS)
     top.set(yticks=[], ylim=(-0.5, 0.9), title=f"{found.peak / GB:,.2f} GB")
     _lines(top, CARDS, "GB", found.peak / GB)
     for row, (name, size) in enumerate(sizes.items()):
@@ -146,10 +149,10 @@ def compared(rows: Mapping[str, tuple[float, float]], unit: str = "MB") -> Figur
     return figure
 
 
-def _bar(axes: Axes, row: int, sizes: Mapping[str, float]) -> None:
+def _bar(axes: Axes, row: int, sizes: Mapping[str, float], colors: Mapping[str, str]) -> None:
     left = 0.0
     for name, size in sizes.items():
-        axes.barh(row, size, left=left, color=COLORS[name], height=0.62)
+        axes.barh(row, size, left=left, color=colors[name], height=0.62)
         left += size
 
 
@@ -159,8 +162,3 @@ def _lines(axes: Axes, sizes: tuple[float, ...], unit: str, longest: float | Non
             axes.axvline(size, color=INK, linewidth=1.2, linestyle="--")
             where = axes.get_xaxis_transform()
             axes.text(size, 0.98, f" {size} {unit}", va="top", fontsize=9, transform=where)
-
-
-def _legend(figure: Figure, names: list[str]) -> None:
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in names]
-    figure.legend(handles, names, loc="outside upper left", ncols=len(names), fontsize=9, columnspacing=1.2)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from qlora_edu.paging import policies, scaled
 from qlora_edu.paging.pages import Event
 from qlora_edu.paging.runs import STATES, Result
-from qlora_edu.plots.figures import BLUE, GREEN, INK, ORANGE, RULE, SKY, VERMILLION
+from qlora_edu.plots.figures import BLUE, GREEN, INK, ORANGE, RULE, SKY, VERMILLION, legend
 
 MB, GB = 1e6, 1e9
 POLICY_COLORS = {"lru": VERMILLION, "mru": BLUE, "optimal": GREEN}
@@ -22,14 +22,14 @@ def page_map(pages: int, frames: Sequence[int], rounds: int = 3, policy: str = "
     touches = policies.sweep(pages, rounds)
     for axes, places in zip(panels[0], frames, strict=True):
         grid = [[0] * len(touches) for _ in range(pages)]
-        found = policies.faults(touches, places, policy)
-        for at in range(len(touches)):
-            for page in _resident(touches[: at + 1], places, policy):
+        found = policies.trace(touches, places, policy)
+        for at, (fault, present) in enumerate(found):
+            for page in present:
                 grid[page][at] = 1
-            grid[touches[at]][at] = 3 if found[at] else 2
+            grid[touches[at]][at] = 3 if fault else 2
         colors = ListedColormap(["#FFFFFF", SKY, BLUE, VERMILLION])
         axes.pcolormesh(grid, cmap=colors, vmin=0, vmax=3, edgecolor=RULE, linewidth=0.5)
-        axes.set_title(f"room for {places}: {sum(found)} faults", fontsize=10.5)
+        axes.set_title(f"room for {places}: {sum(fault for fault, _ in found)} faults", fontsize=10.5)
         axes.set(xlabel="touch", xticks=[i + 0.5 for i in range(0, len(touches), pages)])
         axes.set_xticklabels(range(1, len(touches) + 1, pages))
         axes.set(yticks=[i + 0.5 for i in range(pages)], yticklabels=range(1, pages + 1))
@@ -39,11 +39,6 @@ def page_map(pages: int, frames: Sequence[int], rounds: int = 3, policy: str = "
     names = {"in RAM": "#FFFFFF", "on the device": SKY, "touched there": BLUE, "fault": VERMILLION}
     legend(figure, names)
     return figure
-
-
-def _resident(touches: Sequence[int], frames: int, policy: str) -> list[int]:
-    """The pages on the device after these touches: those that would be hits now."""
-    return [p for p in dict.fromkeys(touches) if not policies.faults([*touches, p], frames, policy)[-1]]
 
 
 def cliff(pages: int = 64, rounds: int = 6) -> Figure:
@@ -158,11 +153,3 @@ def card(
     names = {"weights and adapter": BLUE, "states on the card": ORANGE}
     legend(figure, names | {"activations, gradients": GREEN, "states in RAM": SKY})
     return figure
-
-
-def legend(figure: Figure, names: Mapping[str, str]) -> None:
-    """Coloured boxes with their names, above the figure."""
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor=INK, linewidth=0.4) for c in names.values()]
-    figure.legend(
-        handles, list(names), loc="outside upper left", ncols=len(names), fontsize=9, columnspacing=1.2
-    )

@@ -11,7 +11,8 @@ from qlora_edu.memory.activations import Work
 from qlora_edu.memory.decoded import PARTS, kept
 from qlora_edu.memory.parts import quantized
 from qlora_edu.memory.shapes import NAMED, shape_of
-from qlora_edu.plots.figures import BLUE, CARD, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
+from qlora_edu.plots.figures import BLUE, CARD, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION, legend
+from qlora_edu.plots.memory import stacks
 
 MB = 1e6
 COLORS = dict(zip(PARTS, (VERMILLION, GREEN, SKY, PURPLE, ORANGE), strict=True))
@@ -76,8 +77,7 @@ def data_flow() -> Figure:
         "kept for backward: 16 bits": _KEPT,
         "for one product: 16 bits": _BRIEF,
     }
-    handles = [plt.Rectangle((0, 0), 1, 1, facecolor=c, edgecolor=INK, lw=0.8) for c in names.values()]
-    figure.legend(handles, names, loc="outside upper left", ncols=3, fontsize=9)
+    legend(figure, names)
     axes.set(xlim=(0, 9.7), ylim=(-0.85, 6.1), xticks=[], yticks=[])
     axes.grid(visible=False)
     for side in axes.spines.values():
@@ -145,20 +145,7 @@ def kept_bars(rows: Mapping[str, Mapping[str, float]]) -> Figure:
         raise ValueError(f"rows: expected parts among {', '.join(BARS)}, in at least one row")
     if not all(0 <= size < float("inf") for sizes in rows.values() for size in sizes.values()):
         raise ValueError("rows: expected finite sizes in MB of at least 0")
-    figure, axes = plt.subplots(figsize=(7, 1.3 + 0.46 * len(rows)))
-    totals = [sum(sizes.values()) for sizes in rows.values()]
-    for row, (sizes, total) in enumerate(zip(rows.values(), totals, strict=True)):
-        left = 0.0
-        for part, size in sizes.items():
-            axes.barh(row, size, left=left, color=BARS[part])
-            left += size
-        axes.text(total, row, f"  {total:,.0f}", va="center", fontsize=9.5)
-    axes.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel="MB", xlim=(0, 1.12 * max(totals)))
-    axes.invert_yaxis()
-    axes.grid(axis="y", visible=False)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=BARS[part]) for part in parts]
-    figure.legend(handles, parts, loc="outside upper left", ncols=len(parts), fontsize=9, columnspacing=1.2)
-    return figure
+    return stacks(rows, "MB", colors=BARS)
 
 
 def agreements(sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figure:
@@ -176,8 +163,7 @@ def agreements(sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figu
             f"sources: expected 1 to {len(colors)}, with at least one matrix; got {len(sources)}"
         )
     figure, panels = plt.subplots(1, 2, figsize=(7, 3.6), gridspec_kw={"width_ratios": [1.35, 1]})
-    handles = []
-    for (_, pairs), color in zip(sources.items(), colors, strict=False):
+    for pairs, color in zip(sources.values(), colors, strict=False):
         by_block: dict[int, list[tuple[float, float]]] = {}
         for name, pair in pairs.items():
             by_block.setdefault(int(name.split(".layers.")[1].split(".")[0]), []).append(pair)
@@ -187,14 +173,11 @@ def agreements(sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> Figu
                     [block] * len(found), [p[i] for p in found], ".", color=color, ms=4.5, alpha=0.5, mew=0
                 )
             middle = [sorted(p[i] for p in by_block[b])[len(by_block[b]) // 2] for b in sorted(by_block)]
-            (line,) = axes.plot(sorted(by_block), middle, color=color, lw=1.8)
-        handles.append(line)
+            axes.plot(sorted(by_block), middle, color=color, lw=1.8)
     lowest = min(cosine for pairs in sources.values() for cosine, _ in pairs.values())
     panels[0].set(xlabel="block", ylabel="cosine", ylim=(min(0.0, lowest) - 0.03, 1.05))
     panels[1].set(xlabel="block", ylabel="ratio of lengths", yscale="log", ylim=(0.5, 2.3))
     panels[1].set_yticks([0.5, 0.7, 1, 1.4, 2], ["0.5", "0.7", "1", "1.4", "2"])
     panels[1].minorticks_off()
-    figure.legend(
-        handles, list(sources), loc="outside upper left", ncols=len(sources), fontsize=9, columnspacing=1.2
-    )
+    legend(figure, dict(zip(sources, colors, strict=False)))
     return figure

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from qlora_edu.memory import Timeline
 from qlora_edu.paging import scaled
-from qlora_edu.plots.figures import BLUE, GREEN, INK, ORANGE, VERMILLION
-from qlora_edu.plots.paging import GB, MB, legend
+from qlora_edu.plots.figures import BLUE, GREEN, INK, ORANGE, VERMILLION, legend
+from qlora_edu.plots.paging import GB, MB
 
 
 def lengths(models: Mapping[str, float], up_to: int = 4096) -> Figure:
