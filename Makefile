@@ -11,7 +11,7 @@ SHELL := bash
 PYTHON ?=
 VENV ?= .venv
 LAB_FLAGS ?=
-NB ?= $(wildcard notebooks/*.ipynb)
+NB ?= $(wildcard notebooks/*.ipynb solutions/*/*.ipynb)
 
 PY := $(VENV)/bin/python
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11)
@@ -38,7 +38,7 @@ ifneq ($(FIT),yes)
 .PHONY: $(CREATED)
 endif
 
-.PHONY: help lab test setup jupyter notebooks tidy lint format parity claims bench doctor clean
+.PHONY: help lab test setup jupyter notebooks tidy release matrix lint format parity claims bench doctor clean
 
 help:
 	@echo 'make lab        set everything up and open JupyterLab     (LAB_FLAGS="--port 9999", PYTHON=python3.12)'
@@ -48,6 +48,8 @@ help:
 	@echo 'make doctor     say what this machine is, and what to do where something is wrong'
 	@echo 'make notebooks  execute all notebooks, or one: NB=notebooks/08_finetune.ipynb'
 	@echo 'make tidy       rewrite notebooks as the project writes them, after an edit of the text alone'
+	@echo 'make release    make exercises/ from solutions/: what students receive'
+	@echo 'make matrix     try every check on its wrong and right answers, and print the table'
 	@echo 'make parity     compare the course with bitsandbytes and PEFT, bit for bit'
 	@echo 'make claims     recompute every claim of the ledger and print its verdict'
 	@echo 'make bench      measure a QLoRA step on this machine'
@@ -119,7 +121,7 @@ endef
 
 test: $(TEST_INSTALLED)
 	@$(PY) -m qlora_edu.doctor --fetch || true
-	@$(PY) -m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=600 \
+	@$(PY) -m pytest tests notebooks solutions --nbval --nbval-current-env --nbval-cell-timeout=600 \
 	    --nbval-sanitize-with=tests/nbval_sanitize.cfg
 
 notebooks: $(TEST_INSTALLED)
@@ -128,10 +130,16 @@ notebooks: $(TEST_INSTALLED)
 tidy: $(TEST_INSTALLED)
 	@$(PY) -m qlora_edu.notebooks tidy $(NB)
 
+release: $(TEST_INSTALLED)
+	@$(PY) -m qlora_edu.notebooks release solutions exercises
+
+matrix: $(TEST_INSTALLED)
+	@$(PY) -m tests.matrix
+
 lint: $(TEST_INSTALLED)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m qlora_edu.notebooks check $(wildcard notebooks/*.ipynb)
+	@$(PY) -m qlora_edu.notebooks check $(wildcard notebooks/*.ipynb solutions/*/*.ipynb)
 
 format: $(TEST_INSTALLED)
 	@$(PY) -m ruff format .

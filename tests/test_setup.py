@@ -108,7 +108,7 @@ def test_make_test_installs_the_test_packages_once_and_make_lab_needs_no_more(pr
     assert done.returncode == 0, done.stderr
     assert calls[1].endswith("-e .[test]")
     assert calls[-1] == (
-        "-m pytest tests notebooks --nbval --nbval-current-env --nbval-cell-timeout=600 "
+        "-m pytest tests notebooks solutions --nbval --nbval-current-env --nbval-cell-timeout=600 "
         "--nbval-sanitize-with=tests/nbval_sanitize.cfg"
     )
     for command in ("test", "lab"):

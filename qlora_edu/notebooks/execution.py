@@ -13,6 +13,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+from qlora_edu.notebooks.exercises import annotate, is_solution
 from qlora_edu.notebooks.file import NotebookError, code_hash, dump, normalise, parse, read, save
 
 CELL_TIMEOUT_S = 600
@@ -82,15 +83,20 @@ def run(notebook: nbformat.NotebookNode, folder: Path, timeout: float = CELL_TIM
 
 def tidy(path: Path) -> None:
     """Save the notebook as the project writes it, without executing: after an edit of the text alone."""
-    save(path, dump(normalise(parse(read(path), path.name))))
+    save(path, dump(normalise(_marked(parse(read(path), path.name)))))
 
 
 def execute(path: Path, timeout: float = CELL_TIMEOUT_S) -> None:
     """Format, lint, run, normalise and save one notebook. Raises NotebookError and leaves the file alone."""
     text = ruff("format", path, read(path))
     ruff("check", path, text)
-    notebook = parse(text, path.name)
+    notebook = _marked(parse(text, path.name))
     notebook.metadata.pop("widgets", None)
     run(notebook, path.parent, timeout)
     notebook.metadata["qlora_edu"] = {"code_sha256": code_hash(notebook)}
     save(path, dump(normalise(notebook)))
+
+
+def _marked(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The notebook, with its answers and checks marked as such if it is a solution."""
+    return annotate(notebook) if is_solution(notebook) else notebook

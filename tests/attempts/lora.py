@@ -1,0 +1,472 @@
+"""Attempts at the exercises of chapter 02."""
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tests.attempts import right, wrong
+
+# 02-forward
+
+
+@right("02-forward")
+def with_einsum(x, weight, a, b, alpha, r):
+    update = torch.einsum("or,ri,...i->...o", b, a, x)
+    return torch.einsum("oi,...i->...o", weight, x) + update * alpha / r
+
+
+@right("02-forward")
+def one_matrix(x, weight, a, b, alpha, r):
+    return F.linear(x, weight + (alpha / r) * b @ a)
+
+
+@right("02-forward")
+def in_numpy(x, weight, a, b, alpha, r):
+    x, weight, a, b = (t.numpy() for t in (x, weight, a, b))
+    return x @ weight.T + np.float32(alpha / r) * ((x @ a.T) @ b.T)
+
+
+@wrong("02-forward", "scale-missing")
+def unscaled(x, weight, a, b, alpha, r):
+    return x @ weight.T + x @ a.T @ b.T
+
+
+@wrong("02-forward", "alpha-not-divided")
+def times_alpha(x, weight, a, b, alpha, r):
+    return F.linear(x, weight) + alpha * F.linear(F.linear(x, a), b)
+
+
+@wrong("02-forward", "root-of-r")
+def rank_stabilized(x, weight, a, b, alpha, r):
+    return F.linear(x, weight) + alpha / r**0.5 * F.linear(F.linear(x, a), b)
+
+
+@wrong("02-forward", "base-missing")
+def update_only(x, weight, a, b, alpha, r):
+    return alpha / r * F.linear(F.linear(x, a), b)
+
+
+@wrong("02-forward", "update-missing")
+def base_only(x, weight, a, b, alpha, r):
+    return F.linear(x, weight)
+
+
+@wrong("02-forward", "base-scaled")
+def all_scaled(x, weight, a, b, alpha, r):
+    return (F.linear(x, weight) + F.linear(F.linear(x, a), b)) * alpha / r
+
+
+@wrong("02-forward", "two-dimensions-only")
+def rows_only(x, weight, a, b, alpha, r):
+    return torch.mm(x, weight.T) + alpha / r * torch.mm(torch.mm(x, a.T), b.T)
+
+
+@wrong("02-forward", "changed-input")
+def in_place(x, weight, a, b, alpha, r):
+    weight += alpha / r * b @ a
+    return F.linear(x, weight)
+
+
+# 02-init
+
+
+@right("02-init")
+def kaiming(n_in, n_out, r):
+    a = torch.empty(r, n_in)
+    nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, torch.zeros(n_out, r)
+
+
+@right("02-init")
+def from_a_linear(n_in, n_out, r):
+    return nn.Linear(n_in, r, bias=False).weight, nn.Parameter(torch.zeros(n_out, r))
+
+
+@wrong("02-init", "b-random")
+def both_random(n_in, n_out, r):
+    bound = n_in**-0.5
+    return torch.empty(r, n_in).uniform_(-bound, bound), torch.randn(n_out, r) * 0.01
+
+
+@wrong("02-init", "a-zero")
+def both_zero(n_in, n_out, r):
+    return torch.zeros(r, n_in), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "shapes-swapped")
+def transposed(n_in, n_out, r):
+    bound = n_in**-0.5
+    return torch.empty(n_in, r).uniform_(-bound, bound), torch.zeros(r, n_out)
+
+
+@wrong("02-init", "wrong-fan")
+def fan_is_the_rank(n_in, n_out, r):
+    bound = r**-0.5
+    return torch.empty(r, n_in).uniform_(-bound, bound), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "wrong-fan")
+def kaiming_with_a_zero(n_in, n_out, r):  # nn.init's default: sqrt(6 / in)
+    return nn.init.kaiming_uniform_(torch.empty(r, n_in)), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "a-normal")
+def normal(n_in, n_out, r):
+    return torch.randn(r, n_in) / math.sqrt(n_in), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "a-normal")
+def normal_of_the_same_spread(n_in, n_out, r):
+    return torch.randn(r, n_in) / math.sqrt(3 * n_in), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "one-sided")
+def from_rand(n_in, n_out, r):
+    return torch.rand(r, n_in) / math.sqrt(n_in), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "seed-fixed")
+def seeded(n_in, n_out, r):
+    generator = torch.Generator().manual_seed(0)
+    bound = n_in**-0.5
+    return torch.empty(r, n_in).uniform_(-bound, bound, generator=generator), torch.zeros(n_out, r)
+
+
+# 02-merge
+
+
+@right("02-merge")
+def merged_in_double(weight, a, b, alpha, r):
+    return (weight.double() + alpha / r * (b.double() @ a.double())).to(weight.dtype)
+
+
+@right("02-merge")
+def merged_column_by_column(weight, a, b, alpha, r):
+    columns = [weight[:, j].float() + (b * a[:, j]).sum(dim=1) * (alpha / r) for j in range(weight.shape[1])]
+    return torch.stack(columns, dim=1).to(weight.dtype)
+
+
+@wrong("02-merge", "scale-missing")
+def merged_unscaled(weight, a, b, alpha, r):
+    return (weight.float() + b @ a).to(weight.dtype)
+
+
+@wrong("02-merge", "wrong-sign")
+def unmerged(weight, a, b, alpha, r):
+    return (weight.float() - alpha / r * b @ a).to(weight.dtype)
+
+
+@wrong("02-merge", "order")
+def merged_transposed(weight, a, b, alpha, r):
+    return (weight.float() + alpha / r * (a.T @ b.T)).to(weight.dtype)
+
+
+@wrong("02-merge", "rounded-early")
+def merged_in_16_bits(weight, a, b, alpha, r):
+    a, b = a.to(weight.dtype), b.to(weight.dtype)
+    return weight + alpha / r * (b @ a)
+
+
+@wrong("02-merge", "rounded-early")
+def update_rounded_first(weight, a, b, alpha, r):
+    return weight + (alpha / r * b @ a).to(weight.dtype)
+
+
+@wrong("02-merge", "dtype-kept-wide")
+def merged_wide(weight, a, b, alpha, r):
+    return weight + alpha / r * b @ a
+
+
+@wrong("02-merge", "changed-input")
+def merged_in_place(weight, a, b, alpha, r):
+    weight += alpha / r * b @ a
+    return weight
+
+
+# 02-layer
+
+
+class _Layer(nn.Module):
+    """A right layer, which the wrong ones change in one place."""
+
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.r, self.alpha = base, r, alpha
+        for parameter in base.parameters():
+            parameter.requires_grad = False
+        self.lora_a = nn.Parameter(torch.empty(r, base.in_features).uniform_(-0.1, 0.1))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, r))
+
+    def forward(self, x):
+        return self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * (self.alpha / self.r)
+
+
+@right("02-layer")
+class Twice(_Layer):
+    """Two linear layers by other names."""
+
+    def forward(self, x):
+        return (
+            self.base(x)
+            + self.alpha * (x @ self.lora_a.transpose(0, 1)) @ self.lora_b.transpose(0, 1) / self.r
+        )
+
+
+@right("02-layer")
+class OneMatrix(_Layer):
+    def forward(self, x):
+        weight = self.base.weight + (self.lora_b @ self.lora_a) * (self.alpha / self.r)
+        return F.linear(x, weight, self.base.bias)
+
+
+@wrong("02-layer", "not-a-module")
+class NoModule:
+    def __init__(self, base, r, alpha):
+        self.base, self.scaling = base.requires_grad_(False), alpha / r
+        self.lora_a = nn.Parameter(torch.randn(r, base.in_features))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, r))
+
+    def __call__(self, x):
+        return self.base(x) + x @ self.lora_a.T @ self.lora_b.T * self.scaling
+
+
+@wrong("02-layer", "not-a-module")
+class NoSuper(nn.Module):
+    def __init__(self, base, r, alpha):
+        self.base = base
+        self.lora_a = nn.Parameter(torch.randn(r, base.in_features))
+
+
+@wrong("02-layer", "not-parameters")
+class PlainTensors(nn.Module):
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scaling = base.requires_grad_(False), alpha / r
+        self.lora_a = torch.randn(r, base.in_features, requires_grad=True)
+        self.lora_b = torch.zeros(base.out_features, r, requires_grad=True)
+
+    def forward(self, x):
+        return self.base(x) + x @ self.lora_a.T @ self.lora_b.T * self.scaling
+
+
+@wrong("02-layer", "base-trainable")
+class Unfrozen(_Layer):
+    def __init__(self, base, r, alpha):
+        super().__init__(base, r, alpha)
+        base.requires_grad_(True)
+
+
+@wrong("02-layer", "base-trainable")
+class BiasForgotten(_Layer):
+    def __init__(self, base, r, alpha):
+        super().__init__(base, r, alpha)
+        if base.bias is not None:
+            base.bias.requires_grad = True
+
+
+@wrong("02-layer", "start-moved")
+class BothRandom(_Layer):
+    def __init__(self, base, r, alpha):
+        super().__init__(base, r, alpha)
+        nn.init.normal_(self.lora_b)
+
+
+@wrong("02-layer", "bias-dropped")
+class NoBias(_Layer):
+    def forward(self, x):
+        return x @ self.base.weight.T + x @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
+
+
+@wrong("02-layer", "scale-missing")
+class Unscaled(_Layer):
+    def forward(self, x):
+        return self.base(x) + x @ self.lora_a.T @ self.lora_b.T
+
+
+@wrong("02-layer", "gradient-cut")
+class Detached(_Layer):
+    def forward(self, x):
+        update = self.lora_b.data @ self.lora_a.data
+        return self.base(x) + x @ update.T * self.alpha / self.r
+
+
+@wrong("02-layer", "gradient-cut")
+class ADetached(_Layer):
+    def forward(self, x):
+        return self.base(x) + x @ self.lora_a.detach().T @ self.lora_b.T * self.alpha / self.r
+
+
+@wrong("02-layer", "gradient-cut")
+class NeverAdded(_Layer):
+    def forward(self, x):
+        return self.base(x)
+
+
+@wrong("02-layer", "input-cut")
+class BaseWithoutGrad(_Layer):
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.base(x)
+        return y + x @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
+
+
+@wrong("02-layer", "input-cut")
+class UpdateOfDetached(_Layer):
+    def forward(self, x):
+        return self.base(x) + x.detach() @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
+
+
+@wrong("02-layer", "base-changed")
+class MergesAsItGoes(_Layer):
+    def forward(self, x):
+        y = self.base(x) + x @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
+        if self.lora_b.any():
+            self.base.weight.data = self.base.weight.data + 1e-3
+        return y
+
+
+# 02-best-update
+
+
+@right("02-best-update")
+def roots_in_each(delta, r):
+    u, s, vt = torch.linalg.svd(delta)
+    root = s[:r].sqrt()
+    return u[:, :r] * root, root[:, None] * vt[:r]
+
+
+@right("02-best-update")
+def in_numpy_svd(delta, r):
+    u, s, vt = np.linalg.svd(delta.numpy(), full_matrices=False)
+    return u[:, :r], np.diag(s[:r]) @ vt[:r]
+
+
+@right("02-best-update")
+def by_eigenvectors(delta, r):
+    _, vectors = torch.linalg.eigh(delta.double().T @ delta.double())
+    top = vectors[:, -r:]
+    return (delta.double() @ top).float(), top.T.float()
+
+
+@wrong("02-best-update", "values-missing")
+def directions_only(delta, r):
+    u, _, vt = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, :r], vt[:r]
+
+
+@wrong("02-best-update", "values-twice")
+def values_in_both(delta, r):
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, :r] * s[:r], s[:r, None] * vt[:r]
+
+
+@wrong("02-best-update", "smallest")
+def the_last_ones(delta, r):
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, -r:] * s[-r:], vt[-r:]
+
+
+@wrong("02-best-update", "not-transposed")
+def v_instead_of_vt(delta, r):
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, :r] * s[:r], vt[:, :r].T
+
+
+@wrong("02-best-update", "shapes-swapped")
+def a_then_b(delta, r):
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return vt[:r], u[:, :r] * s[:r]
+
+
+@wrong("02-best-update", "shapes-swapped")
+def all_directions(delta, r):
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return (u * s)[:, :r].T, vt[:r].T
+
+
+# 02-share
+
+
+@right("02-share")
+def by_gain_per_number(deltas, budget):
+    ranks = [0] * len(deltas)
+    values = [torch.linalg.svdvals(d) ** 2 for d in deltas]
+    while True:
+        best, where = 0.0, None
+        for i, delta in enumerate(deltas):
+            cost = delta.shape[0] + delta.shape[1]
+            if ranks[i] < len(values[i]) and cost <= budget and values[i][ranks[i]] / cost > best:
+                best, where = (values[i][ranks[i]] / cost).item(), i
+        if where is None:
+            return ranks
+        ranks[where] += 1
+        budget -= sum(deltas[where].shape)
+
+
+@right("02-share")
+def by_dynamic_programming(deltas, budget):
+    """The best there is: a table of the least loss for every budget."""
+    step = 2  # all costs are even
+    width = budget // step + 1
+    table, choices = np.zeros(width), []
+    for delta in deltas:
+        values = (torch.linalg.svdvals(delta.double()) ** 2).numpy()
+        cost = sum(delta.shape) // step
+        options = [(r, values[r:].sum()) for r in range(min(delta.shape) + 1)]
+        new, choice = np.full(width, np.inf), np.zeros(width, dtype=int)
+        for r, loss in options:
+            if r * cost >= width:
+                break
+            candidate = np.full(width, np.inf)
+            candidate[r * cost :] = table[: width - r * cost] + loss
+            choice = np.where(candidate < new, r, choice)
+            new = np.minimum(new, candidate)
+        table = new
+        choices.append((choice, cost))
+    left, ranks = width - 1, []
+    for choice, cost in reversed(choices):
+        ranks.append(int(choice[left]))
+        left -= ranks[-1] * cost
+    return ranks[::-1]
+
+
+@wrong("02-share", "over-budget")
+def full_rank(deltas, budget):
+    return [min(d.shape) for d in deltas]
+
+
+@wrong("02-share", "equal-ranks")
+def everyone_the_same(deltas, budget):
+    return [budget // sum(sum(d.shape) for d in deltas)] * len(deltas)
+
+
+@wrong("02-share", "impossible-rank")
+def fractions(deltas, budget):
+    return [budget / len(deltas) / sum(d.shape) for d in deltas]
+
+
+@wrong("02-share", "impossible-rank")
+def more_than_the_side(deltas, budget):
+    return [budget // sum(deltas[0].shape)] + [0] * (len(deltas) - 1)
+
+
+@wrong("02-share", "size-ignored")
+def by_gain_alone(deltas, budget):
+    gains = sorted(
+        ((v.item(), i) for i, d in enumerate(deltas) for v in torch.linalg.svdvals(d) ** 2), reverse=True
+    )
+    ranks = [0] * len(deltas)
+    for _, i in gains:
+        if sum(deltas[i].shape) > budget:
+            break
+        ranks[i] += 1
+        budget -= sum(deltas[i].shape)
+    return ranks
+
+
+@wrong("02-share", "wrong-type")
+def one_number(deltas, budget):
+    return budget // sum(sum(d.shape) for d in deltas)
