@@ -38,7 +38,7 @@ ifneq ($(FIT),yes)
 .PHONY: $(CREATED)
 endif
 
-.PHONY: help lab test setup jupyter notebooks tidy release matrix lint format parity claims bench doctor clean
+.PHONY: help lab test setup jupyter notebooks tidy release grade matrix lint format parity claims bench doctor clean
 
 help:
 	@echo 'make lab        set everything up and open JupyterLab     (LAB_FLAGS="--port 9999", PYTHON=python3.12)'
@@ -49,6 +49,7 @@ help:
 	@echo 'make notebooks  execute all notebooks, or one: NB=notebooks/08_finetune.ipynb'
 	@echo 'make tidy       rewrite notebooks as the project writes them, after an edit of the text alone'
 	@echo 'make release    make exercises/ from solutions/: what students receive'
+	@echo 'make grade      grade a folder of submissions: SUBMISSIONS=folder, OUT=grades'
 	@echo 'make matrix     try every check on its wrong and right answers, and print the table'
 	@echo 'make parity     compare the course with bitsandbytes and PEFT, bit for bit'
 	@echo 'make claims     recompute every claim of the ledger and print its verdict'
@@ -132,6 +133,13 @@ tidy: $(TEST_INSTALLED)
 
 release: $(TEST_INSTALLED)
 	@$(PY) -m qlora_edu.notebooks release solutions exercises
+
+SUBMISSIONS ?=
+OUT ?= grades
+
+grade: $(TEST_INSTALLED)
+	@if [ -z "$(SUBMISSIONS)" ]; then echo 'Say which folder: make grade SUBMISSIONS=folder'; exit 1; fi
+	@$(PY) -m qlora_edu.grading "$(SUBMISSIONS)" --out "$(OUT)"
 
 matrix: $(TEST_INSTALLED)
 	@$(PY) -m tests.matrix

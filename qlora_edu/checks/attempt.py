@@ -238,7 +238,7 @@ def _described(error: BaseException) -> str:
         )
     )
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    own = [f for f in frames if "site-packages" not in f.filename and "/qlora_edu/checks/" not in f.filename]
+    own = [f for f in frames if "site-packages" not in f.filename and "/qlora_edu/" not in f.filename]
     for frame in reversed(own or frames):
         line = f", at `{frame.line}`" if frame.line else ""
         return f"{text[:300]}, in {frame.name}{line}"

@@ -32,6 +32,8 @@ HINTS = {
     "crashed": "Call it with such an input yourself, in a cell of your own, and read the whole traceback.",
     "endless": "A loop that does not end, or far too slow a way. Try it on three numbers.",
     "exited": "A function gives its result back with `return`; exit() would end your whole notebook.",
+    "ended": "Your code ended the whole process. Look for os._exit, too much memory, a very deep recursion.",
+    "missing": "No function or class of that name is defined. Keep the name that the exercise gives.",
     "flood": "Take the print out of the loop, or print one line.",
     "not-yours": "This calls the answer of the course or of a library. Write it yourself; that is the exercise.",
     "not-callable": "Give the check the function itself, not what it returns: `check(f)`, not `check(f(x))`.",
@@ -122,7 +124,7 @@ class Answer:
     def raises(self, error: type[Exception], *arguments, what: str, mistake: str) -> None:
         """Wrong unless the function refuses these inputs with that error. `what` says why it must."""
         outcome = self._seen(arguments)
-        if outcome.problem in ("not-attempted", "endless", "exited", "flood", "not-yours"):
+        if outcome.problem not in ("", "crashed"):
             raise Wrong(
                 f"the call with {described(arguments)}", error.__name__, outcome.message, outcome.problem
             )
@@ -174,10 +176,10 @@ class Exercise:
         stars = "★" * self.difficulty + "☆" * (3 - self.difficulty)
         return f"{stars} · {self.minutes} minutes · {self.points} point{'s' if self.points > 1 else ''}"
 
-    def outcome(self, target: Callable, arguments: tuple) -> Outcome:
+    def outcome(self, target: Callable, arguments: tuple, seconds: float | None = None) -> Outcome:
         """One call of the student's object, with what it may use and how long it may take."""
         call = partial(self.probe, target) if self.probe else target
-        return attempt(call, arguments, self.seconds, self.allow)
+        return attempt(call, arguments, seconds or self.seconds, self.allow)
 
     def judge(self, outcome: Callable[[tuple], Outcome], seed: int, hidden: bool = False) -> Verdict:
         """The verdict on whatever answers calls with outcomes, here or in another process."""
@@ -188,6 +190,11 @@ class Exercise:
             hint = {**HINTS, **self.hints}.get(wrong.mistake, "")
             return Verdict(
                 self.id, False, wrong.what, wrong.expected, wrong.got, wrong.mistake, hint, answer.printed
+            )
+        except Exception as error:  # a result so strange that the check itself stumbles over it
+            what = f"the result cannot be compared ({type(error).__name__}: {error})"[:200]
+            return Verdict(
+                self.id, False, what, mistake="wrong-type", hint=HINTS["wrong-type"], printed=answer.printed
             )
         return Verdict(self.id, True, printed=answer.printed, score=score)
 

@@ -103,7 +103,7 @@ def merge(answer: Answer, draw: Draw) -> None:
         got = expect.tensor(answer(weight, a, b, alpha, r), f"W merged, {case}")
         if got.dtype != dtype:
             expect.fail(f"the dtype, {case}", str(dtype), str(got.dtype), "dtype-kept-wide")
-        within = (alpha / r + 1) * expect.dot_error(b, a) + 4 * expect.EPSILON * right.abs()
+        within = ((alpha / r + 1) * expect.dot_error(b, a) + 4 * expect.EPSILON * right.abs()).max()
         wrong = {
             "scale-missing": weight.double() + b.double() @ a.double(),
             "wrong-sign": weight.double() - update,
@@ -254,43 +254,35 @@ def layer(answer: Answer, draw: Draw) -> None:
 def best_update(answer: Answer, draw: Draw) -> None:
     """`f(delta, r)`: (b, a) with B A as near to `delta` (out, in) as rank r allows, in the sum of squares."""
     for n_in, n_out, r in ((9, 9, 3), (14, 6, 2), (5, 17, 4), (8, 8, 1)):
-        delta = draw.normal(n_out, n_in) * torch.linspace(3, 0.2, n_in)
+        # Singular values that are well apart, so that float32 finds the same directions as float64.
+        u, _ = torch.linalg.qr(draw.normal(n_out, min(n_in, n_out)).double())
+        v, _ = torch.linalg.qr(draw.normal(n_in, min(n_in, n_out)).double())
+        s = draw.number(3, 5) * 0.75 ** torch.arange(min(n_in, n_out)).double()
+        delta = (u * s @ v.T).float()
         b, a = expect.parts(answer(delta, r), "the result", 2)
         case = f"for delta of shape {(n_out, n_in)}, r = {r}"
         swapped = {(r, n_in): "shapes-swapped", (r, n_out): "shapes-swapped", (n_in, r): "shapes-swapped"}
         expect.tensor(b, f"B, {case}", (n_out, r), shape_mistakes=swapped)
         expect.tensor(a, f"A, {case}", (r, n_in), shape_mistakes=swapped)
-        u, s, vt = torch.linalg.svd(delta.double(), full_matrices=False)
-        got = b.double() @ a.double()
-        wrong = {
-            "values-missing": u[:, :r] @ vt[:r],
-            "values-twice": u[:, :r] * s[:r] ** 2 @ vt[:r],
-            "smallest": u[:, -r:] * s[-r:] @ vt[-r:],
-            "not-transposed": u[:, :r] * s[:r] @ vt.T[:r] if n_in == n_out else got + 1,
-        }
+        got, near = b.double() @ a.double(), 1e-4 * s[0] ** 2  # far above float32, far below any mistake
         # The squared error cannot be below the sum of the squares left out; float32 factors come that near to it.
-        least, largest = s[r:].square().sum().item(), s[0].item()
-        left = (delta.double() - got).square().sum().item()
-        if left > least + 1e-4 * largest**2:
-            # Signs and order of the directions are free, so products are compared up to the sign of each direction.
-            near = [
-                m
-                for m, w in wrong.items()
-                if (got - w).abs().max() < 1e-4 * largest**2 or _same_up_to_signs(got, w, r, largest)
-            ]
-            expect.fail(f"the squared error that is left, {case}", least, left, near[0] if near else None)
+        least, left = s[r:].square().sum().item(), (delta.double() - got).square().sum().item()
+        if left > least + near:
+            wrong = {
+                "values-missing": u[:, :r] @ v[:, :r].T,
+                "values-twice": u[:, :r] * s[:r] ** 2 @ v[:, :r].T,
+                "smallest": u[:, -r:] * s[-r:] @ v[:, -r:].T,
+            }
+            looks = [mistake for mistake, w in wrong.items() if (got - w).abs().max() < near]
+            if n_in == n_out and _same_sizes(a, torch.linalg.svd(delta.double()).Vh[:, :r].T):
+                looks.append("not-transposed")
+            expect.fail(f"the squared error that is left, {case}", least, left, looks[0] if looks else None)
 
 
-def _same_up_to_signs(got: Tensor, wrong: Tensor, r: int, largest: float) -> bool:
-    """Whether two products have the same singular values and the same row space and column space."""
-    u, s, vt = torch.linalg.svd(got)
-    v, t, wt = torch.linalg.svd(wrong)
-    scale = max(largest, largest**2)
-    return bool(
-        (s - t).abs().max() < 1e-4 * scale
-        and ((u[:, :r].T @ v[:, :r]).abs().max(dim=1).values > 0.999).all()
-        and ((vt[:r] @ wt[:r].T).abs().max(dim=1).values > 0.999).all()
-    )
+def _same_sizes(rows: Tensor, others: Tensor) -> bool:
+    """Whether rows have the same magnitudes, each up to a factor (the signs of singular vectors are free)."""
+    a, b = (torch.nn.functional.normalize(t.double(), dim=1).abs() for t in (rows, others))
+    return bool((a - b).abs().max() < 1e-3)
 
 
 def _left(deltas: list[Tensor], ranks: list[int]) -> float:
@@ -346,9 +338,8 @@ def share(answer: Answer, draw: Draw) -> Score:
             _left(deltas, [3] * len(deltas)),
             _left(deltas, _greedy(deltas, budget)),
         )
-        expect.true(
-            left < equal * 0.999, "the part that is lost", "equal-ranks", f"less than {equal:.4f}", left
-        )
+        even = list(ranks) == [3] * len(deltas)
+        expect.true(not even, "the part that is lost", "equal-ranks", f"less than {equal:.4f}", left)
         expect.true(
             left <= 1.02 * best, "the part that is lost", "size-ignored", f"at most {1.02 * best:.4f}", left
         )

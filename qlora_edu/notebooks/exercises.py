@@ -15,6 +15,7 @@ nbgrader's own.
 """
 
 import ast
+import hashlib
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -166,9 +167,15 @@ def student_version(solution: nbformat.NotebookNode) -> nbformat.NotebookNode:
             notebook, resources = step.preprocess(notebook, resources)
         except Exception as error:
             raise NotebookError(f"nbgrader's {type(step).__name__}: {error}") from None
-    notebook.metadata.pop("qlora_edu", None)
     notebook.metadata.pop("widgets", None)
+    notebook.metadata["qlora_edu"] = {"release": release_version(notebook)}
     return notebook
+
+
+def release_version(notebook: nbformat.NotebookNode) -> str:
+    """Tells one release of an exercise from another: a hash of all its cells."""
+    sources = "\0".join(cell.source for cell in notebook.cells)
+    return hashlib.sha256(sources.encode()).hexdigest()[:16]
 
 
 def release(solutions: Path, exercises: Path) -> list[Path]:
