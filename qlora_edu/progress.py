@@ -1,9 +1,10 @@
-"""Your own record: what you predicted, and what came out. It stays on this machine, in one small file.
+"""Your own record: what you predicted, answered and solved. It stays on this machine, in one small file.
 
-    from qlora_edu import progress
+    from qlora_edu.progress import forget, progress, record
 
-    progress.record()     shows it
-    progress.forget()     deletes it
+    progress()     what is done in each chapter, and what is next
+    record()       each prediction beside what came out
+    forget()       deletes all of it
 
 `QLORA_EDU_PROGRESS` names another file. Nothing in the course depends on it; a batch run neither reads nor writes it.
 """
@@ -73,6 +74,34 @@ def with_unit(value: float, unit: str) -> str:
     ('48 GB', '87.5%')
     """
     return f"{value:g}{' ' if unit and unit != '%' else ''}{unit}"
+
+
+def progress() -> None:
+    """Show what is done in each chapter and what is next: predictions, quizzes, exercises and their points."""
+    import qlora_edu.checks as check
+    from qlora_edu.quizzes import questions
+
+    entries, exercises = read(), check.exercises()
+    lines = ["| chapter | predictions | quiz | exercises | points |", "|:--|:--|:--|:--|:--|"]
+    for chapter in sorted({id[:2] for id in [*exercises, *questions()]}):
+        asked = [id for id in questions() if id[:2] == chapter]
+        right = sum(bool(entries.get(id, {}).get("right")) for id in asked)
+        given = [exercise for id, exercise in exercises.items() if id[:2] == chapter]
+        passed = [exercise for exercise in given if entries.get(exercise.id, {}).get("passed")]
+        predicted = sum("value" in entry for id, entry in entries.items() if id[:2] == chapter)
+        points = f"{sum(e.points for e in passed)} of {sum(e.points for e in given)}" if given else ""
+        solved = f"{len(passed)} of {len(given)}" if given else ""
+        lines.append(
+            f"| {chapter} | {predicted or ''} | {right} of {len(asked)} right | {solved} | {points} |"
+        )
+    display(Markdown("\n".join(lines)))
+    waiting = [exercise for id, exercise in exercises.items() if not entries.get(id, {}).get("passed")]
+    begun = max((id[:2] for id, entry in entries.items() if entry), default="")
+    here = [exercise for exercise in waiting if exercise.id[:2] == begun] or waiting
+    if here:
+        print(f"Next: {here[0].id}, {here[0].title} ({here[0].minutes} minutes, {here[0].points} points).")
+    else:
+        print("Every exercise has passed its check.")
 
 
 def _row(id: str, entry: dict) -> str:

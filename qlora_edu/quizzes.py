@@ -13,6 +13,8 @@ from pathlib import Path
 
 from IPython.display import Markdown, display
 
+from qlora_edu import progress
+
 _FOLDER = Path(__file__).parent / "data" / "quizzes"
 
 
@@ -73,3 +75,5 @@ def quiz(id: str, answer: str | None = None) -> None:
         raise ValueError(f"answer: expected one of {', '.join(question.choices)}; got {answer!r}")
     verdict = "Right." if letter == question.right else "Not quite."
     display(Markdown(f"**{verdict}** {question.explanations[letter]}"))
+    if letter == question.right or "right" not in progress.read().get(id, {}):
+        progress.keep(id, right=letter == question.right)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_edu import checks, quizzes
 from qlora_edu import progress as own_record
-from qlora_edu import quizzes
 from qlora_edu.predictions import outcome, predict
 from qlora_edu.quizzes import questions, quiz
 
@@ -140,3 +140,43 @@ def test_a_second_prediction_keeps_what_came_out_before(progress):
     outcome("x", 2)
     predict("x", 3)
     assert json.loads(progress.read_text()) == {"x": {"value": 3, "unit": "", "outcome": 2.0}}
+
+
+def test_an_answer_is_kept_and_a_right_one_stays_right(progress):
+    question = questions()["08-scored"]
+    wrong = next(letter for letter in question.choices if letter != question.right)
+    quiz(question.id, wrong)
+    assert own_record.read()[question.id] == {"right": False}
+    quiz(question.id, question.right)
+    quiz(question.id, wrong)
+    assert own_record.read()[question.id] == {"right": True}
+
+
+def page(monkeypatch, capsys):
+    seen = []
+    capsys.readouterr()
+    monkeypatch.setattr(own_record, "display", lambda content: seen.append(content.data))
+    own_record.progress()
+    return seen[0].splitlines(), capsys.readouterr().out
+
+
+def test_the_page_of_an_empty_record_names_the_first_exercise(progress, monkeypatch, capsys):
+    lines, said = page(monkeypatch, capsys)
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == [f"{n:02}" for n in range(9)]
+    first = next(iter(checks.exercises().values()))
+    assert said == f"Next: {first.id}, {first.title} ({first.minutes} minutes, {first.points} points).\n"
+
+
+def test_the_page_counts_what_is_done_and_names_what_is_next(progress, monkeypatch, capsys):
+    own_record.keep("02-forward", passed=True, points=2)
+    own_record.keep("02-merged", value=3, unit="%")
+    quiz(next(id for id in questions() if id[:2] == "02"), "a")
+    lines, said = page(monkeypatch, capsys)
+    row = next(line for line in lines if line.startswith("| 02"))
+    given = [e for e in checks.exercises().values() if e.id[:2] == "02"]
+    assert f"| 1 of {len(given)} |" in row and f"| 2 of {sum(e.points for e in given)} |" in row
+    assert row.split(" | ")[1] == "1"
+    assert said.startswith("Next: 02-init,")
+    for exercise in checks.exercises():
+        own_record.keep(exercise, passed=True)
+    assert page(monkeypatch, capsys)[1] == "Every exercise has passed its check.\n"
