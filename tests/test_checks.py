@@ -3,6 +3,7 @@
 import ast
 import functools
 import os
+import re
 import sys
 import time
 from itertools import pairwise
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 import qlora_edu.checks as check
 from qlora_edu import blockwise, lora, progress
 from qlora_edu.checks import expect
+from qlora_edu.checks.__main__ import table
 from qlora_edu.checks.attempt import attempt, clone, plain, unchanged
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import HINTS, Score, descriptions, secret_seed
@@ -327,3 +329,13 @@ def test_a_check_in_another_thread_than_the_main_one_works():
     thread.start()
     thread.join()
     assert verdicts[0].passed
+
+
+def test_the_instructors_table_is_that_of_the_checks():
+    text = (ROOT / "docs" / "instructor.md").read_text()
+    assert table() in text, "put what `python -m qlora_edu.checks` prints into docs/instructor.md"
+
+
+def test_every_exercise_that_the_guide_names_is_one():
+    named = set(re.findall(r"\b\d\d-[a-z][a-z-]+[a-z]\b", (ROOT / "docs" / "instructor.md").read_text()))
+    assert named <= set(EXERCISES)
