@@ -14,7 +14,7 @@ import pkgutil
 
 from qlora_edu.checks.exercise import Exercise, Verdict
 
-_MACHINERY = {"attempt", "draw", "exercise", "expect"}
+_MACHINERY = {"__main__", "attempt", "draw", "exercise", "expect"}
 TOPICS = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in _MACHINERY))
 for _topic in TOPICS:
     importlib.import_module(f"{__name__}.{_topic}")
