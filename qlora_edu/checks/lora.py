@@ -267,7 +267,7 @@ def best_update(answer: Answer, draw: Draw) -> None:
         got, near = b.double() @ a.double(), 1e-4 * s[0] ** 2  # far above float32, far below any mistake
         # The squared error cannot be below the sum of the squares left out; float32 factors come that near to it.
         least, left = s[r:].square().sum().item(), (delta.double() - got).square().sum().item()
-        if left > least + near:
+        if not left <= least + near:  # so that NaN is refused too
             wrong = {
                 "values-missing": u[:, :r] @ v[:, :r].T,
                 "values-twice": u[:, :r] * s[:r] ** 2 @ v[:, :r].T,
