@@ -339,3 +339,11 @@ def test_the_instructors_table_is_that_of_the_checks():
 def test_every_exercise_that_the_guide_names_is_one():
     named = set(re.findall(r"\b\d\d-[a-z][a-z-]+[a-z]\b", (ROOT / "docs" / "instructor.md").read_text()))
     assert named <= set(EXERCISES)
+
+
+def test_strange_tensors_and_numbers_become_messages():
+    for value in (torch.ones(2, device="meta"), torch.ones(2).to_sparse(), 10**400, -(10**400), torch.ones(2) * 1j):
+        for exercise in EXERCISES.values():
+            assert not exercise.verdict(lambda *_, value=value: value).passed
+    with pytest.raises(expect.Wrong, match="the number"):
+        expect.number(10**400, 3.0, "the number")

@@ -112,7 +112,8 @@ def plain(value):
     Anything else stays as text, so that a check can say what came.
     """
     if isinstance(value, Tensor):
-        return value.detach()
+        dense = not value.is_meta and value.layout == torch.strided and not value.is_quantized
+        return value.detach().cpu() if dense else _Other(f"{value.layout} tensor on {value.device}")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, tuple | list):

@@ -4,6 +4,7 @@ A tolerance is never guessed: `within` is what float32 arithmetic may lose, in a
 `dot_error` bounds it for sums of products.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
@@ -99,11 +100,13 @@ def close(
         it. place: how to name the first place, from its index; by default "first at [i, j]".
     """
     got = tensor(got, what)
+    # A mistake has roundings of its own, and perhaps another shape, so it is compared with the largest tolerance.
+    near = within.max() if isinstance(within, Tensor) and within.numel() else within
     fits = [
         name
         for name, tensors in (looks_like or {}).items()
         for wrong in ([tensors] if isinstance(tensors, Tensor) else tensors)
-        if wrong.shape == got.shape and not _differs(got, wrong, within).any()
+        if wrong.shape == got.shape and not _differs(got, wrong, near).any()
     ]
     named = fits[0] if fits else None
     if got.shape != right.shape:
@@ -129,6 +132,8 @@ def number(
     """Refuse unless `got` is a number that close to the right one."""
     if isinstance(got, Tensor) and got.numel() == 1:
         got = got.item()
+    if isinstance(got, int) and abs(got) >= 2**1023:
+        got = math.inf if got > 0 else -math.inf
     if isinstance(got, bool) or not isinstance(got, int | float):
         fail(f"{what}: expected a number", right, f"{type(got).__name__}: {show(got)}", "wrong-type")
     if not abs(got - right) <= within:  # NaN is never close
@@ -172,7 +177,7 @@ def show(value) -> str:
     if isinstance(value, Tensor):
         text = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         return f"{text} {value.tolist()}" if 0 < value.numel() <= 8 else text
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 100 else text[:97] + "..."
 
 
