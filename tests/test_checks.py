@@ -342,7 +342,13 @@ def test_every_exercise_that_the_guide_names_is_one():
 
 
 def test_strange_tensors_and_numbers_become_messages():
-    for value in (torch.ones(2, device="meta"), torch.ones(2).to_sparse(), 10**400, -(10**400), torch.ones(2) * 1j):
+    for value in (
+        torch.ones(2, device="meta"),
+        torch.ones(2).to_sparse(),
+        10**400,
+        -(10**400),
+        torch.ones(2) * 1j,
+    ):
         for exercise in EXERCISES.values():
             assert not exercise.verdict(lambda *_, value=value: value).passed
     with pytest.raises(expect.Wrong, match="the number"):

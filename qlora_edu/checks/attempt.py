@@ -45,7 +45,7 @@ class Outcome:
         problem: "" or the id of what went wrong: "not-attempted", "crashed", "endless", "exited", "flood",
         "not-yours". error: names of the exception's class and of those that it derives from.
         message: the exception's text, and the student's line that raised it.
-        changed: positions of the inputs that were changed in place.
+        changed: positions of the inputs that were changed in place. shared: whether a result lies in an input's memory.
         printed: the beginning of what was printed.
     """
 
@@ -54,6 +54,7 @@ class Outcome:
     error: list[str] = field(default_factory=list)
     message: str = ""
     changed: list[int] = field(default_factory=list)
+    shared: bool = False
     printed: str = ""
 
 
@@ -71,6 +72,7 @@ def attempt(
     try:
         with redirect_stdout(printed), redirect_stderr(printed), _time_limit(seconds), _own_work(allow):
             value = target(*copies)
+        outcome.shared = bool(_memory(value) & _memory(copies))
         outcome.value = plain(value)
     except NotImplementedError:
         outcome.problem = "not-attempted"
@@ -95,6 +97,17 @@ def attempt(
     return outcome
 
 
+def _memory(value) -> set[int]:
+    """Where the tensors among plain values lie."""
+    if isinstance(value, Tensor):
+        return (
+            {value.untyped_storage().data_ptr()} if value.layout == torch.strided and value.numel() else set()
+        )
+    if isinstance(value, dict):
+        value = list(value.values())
+    return set().union(*map(_memory, value)) if isinstance(value, tuple | list) else set()
+
+
 def clone(value):
     """A copy of plain values; tensors keep their dtype and strides, and share nothing."""
     if isinstance(value, Tensor):
@@ -113,9 +126,16 @@ def plain(value):
     """
     if isinstance(value, Tensor):
         dense = not value.is_meta and value.layout == torch.strided and not value.is_quantized
-        return value.detach().cpu() if dense else _Other(f"{value.layout} tensor on {value.device}")
-    if value is None or isinstance(value, bool | int | float | str):
+        return (
+            Tensor.detach(value).as_subclass(Tensor).cpu()
+            if dense
+            else _Other(f"{value.layout} tensor on {value.device}")
+        )
+    if value is None or isinstance(value, bool):
         return value
+    for kind, itself in ((int, int.__index__), (float, float.__pos__), (str, str.__str__)):
+        if isinstance(value, kind):  # a subclass may lie about sums and comparisons
+            return itself(value)
     if isinstance(value, tuple | list):
         return (
             type(value)(plain(v) for v in value)

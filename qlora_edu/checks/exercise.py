@@ -38,6 +38,7 @@ HINTS = {
     "not-yours": "This calls the answer of the course or of a library. Write it yourself; that is the exercise.",
     "not-callable": "Give the check the function itself, not what it returns: `check(f)`, not `check(f(x))`.",
     "changed-input": "It writes into its input. Make a new tensor: `x = x * 2`, not `x *= 2`, or `x.clone()` first.",
+    "not-new": "What comes back lies in the memory of an input: whoever changes one changes both. Make a new tensor.",
     "wrong-type": "Look at what the statement says of the result. Without a `return`, None comes back.",
     "wrong-shape": "Print the shapes on the way, and compare them with those in the statement.",
     "wrong-dtype": "Look at the dtype that the statement asks for; `.to(dtype)` and `.float()` convert.",
@@ -103,11 +104,12 @@ class Answer:
         self._outcome = outcome
         self.printed = ""
 
-    def __call__(self, *arguments, crash: str | None = None, inplace: bool = False):
+    def __call__(self, *arguments, crash: str | None = None, inplace: bool = False, fresh: bool = False):
         """What the student's function returns for these inputs.
 
         Args:
             crash: the mistake that an exception here looks like. inplace: whether it may write into its inputs.
+            fresh: whether the result must be new memory, also where its numbers are those of an input.
         """
         outcome = self._seen(arguments)
         if outcome.problem:
@@ -119,6 +121,8 @@ class Answer:
                 f"the call with {described(arguments)} changed its argument {position}",
                 mistake="changed-input",
             )
+        if fresh and outcome.shared:
+            raise Wrong(f"the call with {described(arguments)} returns an input itself", mistake="not-new")
         return outcome.value
 
     def raises(self, error: type[Exception], *arguments, what: str, mistake: str) -> None:

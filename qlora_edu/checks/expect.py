@@ -106,7 +106,9 @@ def close(
         name
         for name, tensors in (looks_like or {}).items()
         for wrong in ([tensors] if isinstance(tensors, Tensor) else tensors)
-        if wrong.shape == got.shape and not _differs(got, wrong, near).any()
+        if wrong.shape == got.shape
+        and not _differs(got, wrong, near).any()
+        and (wrong.shape != right.shape or _differs(wrong, right, near).any())
     ]
     named = fits[0] if fits else None
     if got.shape != right.shape:

@@ -70,6 +70,22 @@ def in_place(x, weight, a, b, alpha, r):
     return F.linear(x, weight)
 
 
+@wrong("02-forward", "scale-inverted")
+def r_over_alpha(x, weight, a, b, alpha, r):
+    return F.linear(x, weight) + r / alpha * F.linear(F.linear(x, a), b)
+
+
+@wrong("02-forward", "alpha-cut")
+def whole_alpha(x, weight, a, b, alpha, r):
+    return F.linear(x, weight) + int(alpha) / r * F.linear(F.linear(x, a), b)
+
+
+@wrong("02-forward", "wrong-dtype")
+def in_double(x, weight, a, b, alpha, r):
+    x, weight, a, b = x.double(), weight.double(), a.double(), b.double()
+    return F.linear(x, weight) + alpha / r * F.linear(F.linear(x, a), b)
+
+
 # 02-init
 
 
@@ -135,6 +151,46 @@ def seeded(n_in, n_out, r):
     return torch.empty(r, n_in).uniform_(-bound, bound, generator=generator), torch.zeros(n_out, r)
 
 
+@wrong("02-init", "seed-ignored")
+def seeded_by_the_clock(n_in, n_out, r):
+    torch.seed()
+    bound = n_in**-0.5
+    return torch.empty(r, n_in).uniform_(-bound, bound), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "seed-ignored")
+def from_numpy(n_in, n_out, r):
+    a = np.random.default_rng().uniform(-(n_in**-0.5), n_in**-0.5, (r, n_in))
+    return torch.tensor(a, dtype=torch.float32), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "uneven")
+def clamped_normal(n_in, n_out, r):
+    bound = n_in**-0.5
+    return (torch.randn(r, n_in) / math.sqrt(3 * n_in)).clamp(-bound, bound), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "uneven")
+def sum_of_two(n_in, n_out, r):
+    a = (torch.rand(r, n_in) + torch.rand(r, n_in) - 1) * 0.999 / math.sqrt(n_in)
+    a[0, 0] = n_in**-0.5
+    return a, torch.zeros(n_out, r)
+
+
+@wrong("02-init", "repeated")
+def one_row_often(n_in, n_out, r):
+    bound = n_in**-0.5
+    rows = torch.empty(max(1, r // 2), n_in).uniform_(-bound, bound)
+    return torch.cat([rows, rows, rows])[:r], torch.zeros(n_out, r)
+
+
+@wrong("02-init", "repeated")
+def mirrored(n_in, n_out, r):
+    bound = n_in**-0.5
+    half = torch.empty(r // 2 + 1, n_in).uniform_(-bound, bound)
+    return torch.cat([half, -half])[:r], torch.zeros(n_out, r)
+
+
 # 02-merge
 
 
@@ -186,40 +242,68 @@ def merged_in_place(weight, a, b, alpha, r):
     return weight
 
 
+@wrong("02-merge", "alpha-not-divided")
+def merged_times_alpha(weight, a, b, alpha, r):
+    return (weight.float() + alpha * b @ a).to(weight.dtype)
+
+
+@wrong("02-merge", "changed-input")
+def float_is_the_same_tensor(weight, a, b, alpha, r):
+    return weight.float().add_(alpha / r * b @ a).to(weight.dtype)
+
+
+@wrong("02-merge", "not-new")
+def nothing_to_do(weight, a, b, alpha, r):
+    return (weight.float() + alpha / r * b @ a).to(weight.dtype) if b.any() else weight
+
+
 # 02-layer
 
 
 class _Layer(nn.Module):
     """A right layer, which the wrong ones change in one place."""
 
+    enabled = True
+
     def __init__(self, base, r, alpha):
         super().__init__()
         self.base, self.r, self.alpha = base, r, alpha
         for parameter in base.parameters():
             parameter.requires_grad = False
-        self.lora_a = nn.Parameter(torch.empty(r, base.in_features).uniform_(-0.1, 0.1))
+        bound = base.in_features**-0.5
+        self.lora_a = nn.Parameter(torch.empty(r, base.in_features).uniform_(-bound, bound))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, r))
 
     def forward(self, x):
-        return self.base(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * (self.alpha / self.r)
+        return self.base(x) + self.update(x) if self.enabled else self.base(x)
+
+    def update(self, x):
+        return F.linear(F.linear(x, self.lora_a), self.lora_b) * (self.alpha / self.r)
 
 
 @right("02-layer")
 class Twice(_Layer):
-    """Two linear layers by other names."""
-
-    def forward(self, x):
-        return (
-            self.base(x)
-            + self.alpha * (x @ self.lora_a.transpose(0, 1)) @ self.lora_b.transpose(0, 1) / self.r
-        )
+    def update(self, x):
+        return self.alpha * (x @ self.lora_a.transpose(0, 1)) @ self.lora_b.transpose(0, 1) / self.r
 
 
 @right("02-layer")
-class OneMatrix(_Layer):
+class TwoLinears(nn.Module):
+    """Two linear layers whose weights are the parameters, and a switch that is a property."""
+
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scaling, self.enabled = base, alpha / r, True
+        for parameter in base.parameters():
+            parameter.requires_grad = False
+        self.lora_a = nn.Linear(base.in_features, r, bias=False).weight
+        self.lora_b = nn.Parameter(base.weight.new_zeros(base.out_features, r))
+
     def forward(self, x):
-        weight = self.base.weight + (self.lora_b @ self.lora_a) * (self.alpha / self.r)
-        return F.linear(x, weight, self.base.bias)
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        return y + torch.einsum("...i,ri,or->...o", x, self.lora_a, self.lora_b) * self.scaling
 
 
 @wrong("02-layer", "not-a-module")
@@ -277,29 +361,107 @@ class BothRandom(_Layer):
 @wrong("02-layer", "bias-dropped")
 class NoBias(_Layer):
     def forward(self, x):
-        return x @ self.base.weight.T + x @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
+        return x @ self.base.weight.T + (self.update(x) if self.enabled else 0)
 
 
 @wrong("02-layer", "scale-missing")
 class Unscaled(_Layer):
+    def update(self, x):
+        return x @ self.lora_a.T @ self.lora_b.T
+
+
+@wrong("02-layer", "alpha-not-divided")
+class TimesAlpha(_Layer):
+    def update(self, x):
+        return self.alpha * (x @ self.lora_a.T @ self.lora_b.T)
+
+
+@wrong("02-layer", "switched")
+class OffInEval(_Layer):
     def forward(self, x):
-        return self.base(x) + x @ self.lora_a.T @ self.lora_b.T
+        return self.base(x) + self.update(x) if self.enabled and self.training else self.base(x)
+
+
+@wrong("02-layer", "switched")
+class NoSwitch(_Layer):
+    def forward(self, x):
+        return self.base(x) + self.update(x)
+
+
+@wrong("02-layer", "switched")
+class TwiceAndNoMore(_Layer):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.base(x) + self.update(x) if self.enabled and self.calls < 4 else self.base(x)
+
+
+@wrong("02-layer", "gradient-cut")
+class BaseWhileBIsZero(_Layer):
+    def forward(self, x):
+        return self.base(x) + self.update(x) if self.enabled and self.lora_b.any() else self.base(x)
+
+
+@wrong("02-layer", "a-zero")
+class DeadLayer(_Layer):
+    def __init__(self, base, r, alpha):
+        super().__init__(base, r, alpha)
+        nn.init.zeros_(self.lora_a)
+
+
+@wrong("02-layer", "wrong-fan")
+class BoundOfTheRank(_Layer):
+    def __init__(self, base, r, alpha):
+        super().__init__(base, r, alpha)
+        nn.init.uniform_(self.lora_a, -(r**-0.5), r**-0.5)
+
+
+@wrong("02-layer", "base-trainable")
+class OneMore(_Layer):
+    def __init__(self, base, r, alpha):
+        super().__init__(base, r, alpha)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+@wrong("02-layer", "wrong-shape")
+class Transposed(nn.Module):
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scaling = base.requires_grad_(False), alpha / r
+        self.lora_a = nn.Parameter(torch.randn(base.in_features, r))
+        self.lora_b = nn.Parameter(torch.zeros(r, base.out_features))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.lora_a @ self.lora_b * self.scaling
+
+
+@wrong("02-layer", "not-parameters")
+class OtherNames(nn.Module):
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scaling = base.requires_grad_(False), alpha / r
+        self.A = nn.Parameter(torch.randn(r, base.in_features))
+        self.B = nn.Parameter(torch.zeros(base.out_features, r))
+
+    def forward(self, x):
+        return self.base(x) + x @ self.A.T @ self.B.T * self.scaling
 
 
 @wrong("02-layer", "gradient-cut")
 class Detached(_Layer):
     def forward(self, x):
         update = self.lora_b.data @ self.lora_a.data
-        return self.base(x) + x @ update.T * self.alpha / self.r
+        return self.base(x) + x @ update.T * self.alpha / self.r * self.enabled
 
 
 @wrong("02-layer", "gradient-cut")
 class ADetached(_Layer):
-    def forward(self, x):
-        return self.base(x) + x @ self.lora_a.detach().T @ self.lora_b.T * self.alpha / self.r
+    def update(self, x):
+        return x @ self.lora_a.detach().T @ self.lora_b.T * self.alpha / self.r
 
 
-@wrong("02-layer", "gradient-cut")
+@wrong("02-layer", "switched")
 class NeverAdded(_Layer):
     def forward(self, x):
         return self.base(x)
@@ -310,22 +472,21 @@ class BaseWithoutGrad(_Layer):
     def forward(self, x):
         with torch.no_grad():
             y = self.base(x)
-        return y + x @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
+        return y + self.update(x) if self.enabled else y
 
 
 @wrong("02-layer", "input-cut")
 class UpdateOfDetached(_Layer):
-    def forward(self, x):
-        return self.base(x) + x.detach() @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
+    def update(self, x):
+        return x.detach() @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
 
 
 @wrong("02-layer", "base-changed")
 class MergesAsItGoes(_Layer):
     def forward(self, x):
-        y = self.base(x) + x @ self.lora_a.T @ self.lora_b.T * self.alpha / self.r
-        if self.lora_b.any():
-            self.base.weight.data = self.base.weight.data + 1e-3
-        return y
+        if x.requires_grad and self.lora_b.any():
+            self.base.weight.data = self.base.weight.data + 1e-7
+        return super().forward(x)
 
 
 # 02-best-update
@@ -369,6 +530,18 @@ def the_last_ones(delta, r):
     return u[:, -r:] * s[-r:], vt[-r:]
 
 
+@wrong("02-best-update", "smallest")
+def last_columns_first_values(delta, r):
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return u[:, -r:] * s[:r], vt[:r]
+
+
+@wrong("02-best-update", "wrong-dtype")
+def in_bfloat16(delta, r):
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    return (u[:, :r] * s[:r]).bfloat16(), vt[:r].bfloat16()
+
+
 @wrong("02-best-update", "not-transposed")
 def v_instead_of_vt(delta, r):
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
@@ -404,6 +577,28 @@ def by_gain_per_number(deltas, budget):
             return ranks
         ranks[where] += 1
         budget -= sum(deltas[where].shape)
+
+
+@wrong("02-share", "impossible-rank")
+def lying_integers(deltas, budget):
+    class Free(int):
+        def __mul__(self, other):
+            return 0
+
+        __rmul__ = __mul__
+
+    return [Free(min(d.shape) + 1) for d in deltas]
+
+
+@wrong("02-share", "over-budget")
+def lying_integers_in_range(deltas, budget):
+    class Free(int):
+        def __mul__(self, other):
+            return 0
+
+        __rmul__ = __mul__
+
+    return [Free(min(d.shape)) for d in deltas]
 
 
 @right("02-share")
@@ -453,8 +648,8 @@ def more_than_the_side(deltas, budget):
     return [budget // sum(deltas[0].shape)] + [0] * (len(deltas) - 1)
 
 
-@wrong("02-share", "size-ignored")
-def by_gain_alone(deltas, budget):
+@wrong("02-share", "budget-left")
+def by_gain_alone_stopping(deltas, budget):
     gains = sorted(
         ((v.item(), i) for i, d in enumerate(deltas) for v in torch.linalg.svdvals(d) ** 2), reverse=True
     )
@@ -464,6 +659,19 @@ def by_gain_alone(deltas, budget):
             break
         ranks[i] += 1
         budget -= sum(deltas[i].shape)
+    return ranks
+
+
+@wrong("02-share", "size-ignored")
+def by_gain_alone(deltas, budget):
+    gains = sorted(
+        ((v.item(), i) for i, d in enumerate(deltas) for v in torch.linalg.svdvals(d) ** 2), reverse=True
+    )
+    ranks = [0] * len(deltas)
+    for _, i in gains:
+        if sum(deltas[i].shape) <= budget:
+            ranks[i] += 1
+            budget -= sum(deltas[i].shape)
     return ranks
 
 
