@@ -1,0 +1,431 @@
+"""Checks of chapter 03: from weights to codes, and back.
+
+Everywhere: n weights are read row after row and cut into blocks, of which the last may be short. With k bits, the
+largest code of a symmetric grid is 2^(k - 1) - 1, and that of a min-max grid 2^k - 1.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from qlora_edu.checks import expect
+from qlora_edu.checks.draw import Draw
+from qlora_edu.checks.exercise import Answer, Score, exercise
+from qlora_edu.checks.expect import EPSILON, Wrong
+
+
+@contextmanager
+def _otherwise(mistake: str | None):
+    """In such a case, what nothing else explains looks like that mistake."""
+    try:
+        yield
+    except Wrong as wrong:
+        wrong.mistake = wrong.mistake or mistake
+        raise
+
+
+def _close(got, right: Tensor, what: str, within, wrong: dict, dtype: torch.dtype) -> None:
+    """`expect.close`, and after it the dtype: a mistake may make no difference in some case, and none of dtype."""
+    expect.close(got, right, what, within, wrong)
+    expect.tensor(got, what, dtype=dtype)
+
+
+def _doubtful(position: Tensor, slack: Tensor | float) -> Tensor:
+    """1 where float32 may round a position to either neighbour, 0 elsewhere. float64."""
+    return ((position % 1 - 0.5).abs() <= slack).double()
+
+
+def _nearest_to(got, numbers: list[float]) -> float:
+    """The one of several numbers that is nearest to what came."""
+    got = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
+    return min(numbers, key=lambda n: abs(n - got)) if isinstance(got, float) else numbers[0]
+
+
+@exercise("03-absmax")
+def absmax(answer: Answer, draw: Draw) -> None:
+    """`f(weight, bits)`: (codes int8, step, what comes back, float32), one absmax step for the whole tensor."""
+    ties = torch.tensor([3, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]) * 2.0 ** draw.whole(-3, 3)
+    cases = [(100 * draw.normal(*shape), k, None) for shape, k in (((5, 7), 4), ((3, 2, 11), 8), ((1,), 5))]
+    cases += [(draw.normal(13), 2, None), (1e-15 * draw.normal(4, 9), 6, "floor"), (ties, 3, "ties")]
+    cases += [(draw.normal(70, 30) * 1e6, 7, None)] * draw.hidden
+    for weight, bits, mistake in cases:
+        top = weight.abs().max().item()
+        if weight.max() == top:
+            weight = -weight  # so that the largest magnitude is a negative weight's
+        largest, every = 2 ** (bits - 1) - 1, 2**bits
+        right = top / largest
+        case = f"for a weight of shape {tuple(weight.shape)}, {bits} bits"
+        with _otherwise(mistake):
+            codes, step, back = expect.parts(answer(weight, bits), "the result", 3)
+            wrong = {
+                "one-too-many": top / (largest + 1),
+                "both-signs": _nearest_to(step, [top / (every - 1), 2 * top / (every - 1), top / every]),
+                "abs-missing": weight.max().item() / largest,
+                "step-inverted": 1 / right,
+                "absmax-for-step": top,
+            }
+            expect.number(step, right, f"the step, {case}", 4 * EPSILON * right, wrong)
+            position = weight.double() / right
+            exact = position.round()
+            # The step and the quotient are rounded once each; with 1 / step on the way there are three roundings.
+            unsure = 0.0 if mistake == "ties" else _doubtful(position, 2 * EPSILON * position.abs())
+            cut = weight / right  # in float32, where absmax / step may be less than the largest code
+            wrong = {
+                "truncated": [cut.trunc(), cut.floor(), position.trunc()],
+                "unsigned": [exact + largest, exact + largest + 1, exact % 256],
+            }
+            _close(codes, exact, f"the codes, {case}", unsure, wrong, torch.int8)
+            meant = codes.double() * right
+            wrong = {"step-missing": codes.double(), "absmax-for-step": codes.double() * top}
+            within = 4 * EPSILON * meant.abs()
+            _close(back, meant, f"what comes back, {case}", within, wrong, torch.float32)
+    zeros = torch.zeros(2, 3)
+    with _otherwise("zero-division"):
+        codes, step, back = expect.parts(answer(zeros, 4, crash="zero-division"), "the result", 3)
+        _close(codes, zeros, "the codes of zeros", 0.0, {}, torch.int8)
+        _close(back, zeros, "what comes back for zeros", 0.0, {}, torch.float32)
+        expect.number(step, 0.0, "the step of zeros, which must be finite", within=3.4e38)
+
+
+def _levels(draw: Draw, count: int) -> Tensor:
+    """Ascending levels from -1 to 1, not symmetric, none of them twice. float32 (count,)."""
+    inner = (draw.permutation(1999)[: count - 2] - 999).sort().values / 1000
+    return torch.cat([torch.tensor([-1.0]), inner, torch.tensor([1.0])])
+
+
+def _nearest(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """By the definition, in float64: codes (n,), 1 where float32 cannot tell (n,), scales (blocks,), w / scale (n,)."""
+    codes, unsure, scales, positions = [], [], [], []
+    for block in weight.double().reshape(-1).split(block_size):
+        scale = block.abs().max()
+        position = block / scale if scale > 0 else block
+        gaps = (position[:, None] - levels.double()).abs()  # (size, levels)
+        margin = (
+            gaps.topk(2, dim=1, largest=False).values.diff().flatten()
+        )  # twice the distance from a border
+        codes.append(gaps.argmin(dim=1))  # the first of equals is the lower level
+        unsure.append((margin < 8 * EPSILON).double())
+        scales.append(scale)
+        positions.append(position)
+    return torch.cat(codes), torch.cat(unsure), torch.stack(scales), torch.cat(positions)
+
+
+@exercise("03-blocks")
+def blocks(answer: Answer, draw: Draw) -> None:
+    """`f(weight, levels, block_size)`: (codes uint8 (n,), scales float32 (blocks,)), one absmax scale a block."""
+    dyadic, unit = torch.tensor([-1, -0.5, 0, 0.25, 1]), 2.0 ** draw.whole(-3, 3)
+    ties = torch.tensor([1, -0.75, -0.25, 0.125, 0.625, -1, -0.4375, -0.0625]) * unit
+    holes = draw.normal(51)
+    holes[8:16] = holes[40:] = 0  # a whole block, and two at the end, the last of which is short
+    bf16, fp16 = draw.normal(9, 40, dtype=torch.bfloat16), draw.normal(900, dtype=torch.float16)
+    cases = [  # weight, levels, block size, what a crash looks like, what else may be wrong
+        (draw.normal(6, 8), _levels(draw, 5), 16, None, None),
+        (draw.normal(8, 6).T, _levels(draw, 16), 16, "not-contiguous", None),
+        (draw.normal(5, 7), _levels(draw, 16), 8, "short-block", None),
+        (draw.normal(3, 2, 5), _levels(draw, 9), 64, "short-block", None),
+        (draw.normal(1), _levels(draw, 4), 4, "short-block", None),
+        (holes, dyadic[dyadic != 0], 8, "zero-division", "zero-division"),
+        (1e-15 * draw.normal(7, 4), _levels(draw, 16), 16, None, "floor"),
+        (ties, dyadic, 4, None, "ties"),
+        # Below 1, bfloat16 has steps of 0.004 and float16 of 0.0005: among so many levels either would show.
+        (bf16, _levels(draw, 200), 32, "sixteen-bits", "sixteen-bits"),
+        (fp16, _levels(draw, 250), 128, "sixteen-bits", "sixteen-bits"),
+    ]
+    cases += [(draw.normal(65, 33), _levels(draw, 256), 64, None, None)] * draw.hidden
+    for weight, levels, size, crash, mistake in cases:
+        n, count = weight.numel(), -(-weight.numel() // size)
+        kind = str(weight.dtype).removeprefix("torch.")
+        case = f"for a weight of shape {tuple(weight.shape)}, {kind}, {len(levels)} levels, blocks of {size}"
+        right, unsure, scale, position = _nearest(weight, levels, size)
+        across = weight.transpose(0, -1)
+        columns = _nearest(across, levels, size)
+        with _otherwise(mistake):
+            codes, scales = expect.parts(answer(weight, levels, size, crash=crash), "the result", 2)
+            counts = {(): "one-scale", (1,): "one-scale"} if count > 1 else {}
+            counts[(weight[..., 0].numel() * -(-weight.shape[-1] // size),)] = "rows-cut"
+            if n % size and n > size:
+                counts[(n // size,)] = "short-block"
+            expect.tensor(scales, f"the scales, {case}", (count,), shape_mistakes=counts)
+            wrong = {
+                "one-scale": scale.max().expand(count),
+                "abs-missing": torch.stack([b.max() for b in weight.double().reshape(-1).split(size)]),
+                "column-order": columns[2],
+                "zero-scale": [scale.where(scale > 0, other) for other in (1.0, scales[1:2].double().sum())],
+            }
+            _close(scales, scale, f"the scales, {case}", 1e-30, wrong, torch.float32)
+            lengths = {(count * size,): "padding-kept", (count, size): "padding-kept"}
+            lengths[(n // size * size,)] = "short-block"
+            expect.tensor(codes, f"the codes, {case}", (n,), shape_mistakes=lengths if n % size else {})
+            above = torch.searchsorted(levels.double(), position)
+            wrong = {
+                "level-values": levels[right],
+                "evenly-spaced": ((position + 1) / 2 * (len(levels) - 1)).round(),
+                "not-nearest": [above, torch.searchsorted(levels.double(), position, right=True) - 1],
+                "one-scale": _nearest(weight / scale.max(), levels, n)[0],
+                "column-order": [columns[0], columns[0].view(across.shape).transpose(0, -1).flatten()],
+            }
+            within = 0.0 if mistake == "ties" else unsure
+            _close(codes, right, f"the codes, {case}", within, wrong, torch.uint8)
+
+
+@exercise("03-dequantize")
+def dequantize(answer: Answer, draw: Draw) -> None:
+    """`f(codes, levels, scales, block_size, shape, dtype)`: level times scale, in float32, rounded once."""
+    cases = [  # shape, block size, dtype, what a crash looks like
+        ((4, 8), 8, torch.float32, "codes-as-mask"),
+        ((6, 9), 6, torch.float32, None),
+        ((5, 7), 8, torch.float32, "short-block"),
+        ((3, 1, 5), 64, torch.float32, "short-block"),
+        ((), 4, torch.float32, "short-block"),
+        ((33, 13), 32, torch.bfloat16, None),
+        ((400,), 128, torch.float16, None),
+    ]
+    cases += [((2, 17, 31), 64, torch.bfloat16, None)] * draw.hidden
+    for shape, size, dtype, crash in cases:
+        n, rows = math.prod(shape), shape if len(shape) == 2 else (1, math.prod(shape))
+        count = -(-n // size)
+        codes, levels = draw.integers(n, low=0, high=15, dtype=torch.uint8), _levels(draw, 16)
+        scales = draw.uniform(count, low=0.1, high=3) * (draw.uniform(count) > 0.1)  # some blocks are zero
+        scales[0] = 0.7
+        level, place = levels[codes.long()], torch.arange(n)
+        scale = scales[place // size]
+        by_row = place // rows[1] * (rows[1] // size) + place % rows[1] // size
+        right = (level * scale).to(dtype).view(shape)
+        wrong = {
+            "scale-missing": level,
+            "codes-not-levels": codes * scale,
+            "scales-alternate": level * scales[place % count],
+            "scale-by-row": level * scales[by_row.clamp(max=count - 1)],
+            "divided": level / scale,
+            "column-order": (level * scale).view(rows[::-1]).T.flatten(),
+        }
+        # Two float32 numbers multiply exactly in float64; to round that at once may differ from rounding it twice.
+        at_once = (level.double() * scale.double()).to(dtype).view(shape)
+        case = f"for shape {shape}, blocks of {size}, {str(dtype).removeprefix('torch.')}"
+        with _otherwise("rounded-early" if dtype != torch.float32 else None):
+            got = answer(codes, levels, scales, size, shape, dtype, crash=crash)
+            lengths = {(count * size,): "padding-kept", (count, size): "padding-kept", (n,): "shape-missing"}
+            expect.tensor(got, f"the weights, {case}", shape, dtype, shape_mistakes=lengths)
+            wrong = {name: tensor.to(dtype).view(shape) for name, tensor in wrong.items()}
+            within = (right.double() - at_once.double()).abs()
+            expect.close(got, right, f"the weights, {case}", within, wrong)
+
+
+@exercise("03-minmax")
+def minmax(answer: Answer, draw: Draw) -> None:
+    """`f(weight, bits)`: (codes uint8, step, zero point, what comes back): a min-max grid on which 0 is a level."""
+
+    def spread(low: float, high: float, *shape: int) -> Tensor:
+        """Weights from low to high, both of which occur, times a power of two: the step is exact."""
+        inner = draw.uniform(math.prod(shape) - 2, low=low, high=high)
+        return torch.cat([torch.tensor([low, high]), inner]).view(shape) * 2.0 ** draw.choice([-3, -2, 2, 3])
+
+    cases = [  # where zero lies a quarter of a step beside a code, the ways of rounding differ
+        (spread(-4.25, 10.75, 6, 7), 4),
+        (spread(30.75, 45.75, 23), 4),
+        (spread(-140.75, -109.75, 3, 2, 6), 5),
+        (spread(-7.5, 7.5, 32), 4),  # zero lies halfway between two codes
+        (draw.normal(40) - 2, 8),
+    ]
+    cases += [(draw.uniform(2, low=0, high=1) + 5, 2), (draw.normal(50, 30) + 30, 6)] * draw.hidden
+    for weight, bits in cases:
+        w, largest = weight.double(), 2**bits - 1
+        low, high = w.min().item(), w.max().item()
+        right = (high - low) / largest
+        case = f"for weights from {low:.3g} to {high:.3g}, {bits} bits"
+        codes, step, zero, back = expect.parts(answer(weight, bits), "the result", 4)
+        wrong = {"one-too-many": (high - low) / 2**bits, "absmax-for-range": max(high, -low) / largest}
+        expect.number(step, right, f"the step, {case}", 4 * EPSILON * right, wrong)
+        # Step and quotient are rounded twice each; the sum with the zero point once more.
+        exact = -low / right
+        slack = 4 * EPSILON * (abs(exact) + largest + 1)
+        wrong = {
+            "zero-clamped": min(max(exact, 0), largest),
+            "zero-sign": -exact,
+            "zero-as-weight": low,
+            "zero-wrapped": exact % 256,
+            "truncated": math.trunc(exact),
+        }
+        expect.number(zero, exact, f"the zero point, {case}", 0.5 + slack, wrong)
+        zero = float(zero)
+        whole = f"the zero point is whole, {case}"
+        expect.true(zero == round(zero), whole, "zero-not-whole", round(exact), zero)
+        unclamped = w / right + zero
+        position = unclamped.clamp(0, largest)
+        unsure = _doubtful(position, slack)
+        wrong = {
+            "not-clamped": [unclamped.round(), (w / right).round() + zero],
+            "truncated": [position.trunc(), ((w / right).trunc() + zero).clamp(0, largest)],
+            "zero-missing": [(w / right).round().clamp(0, largest), (w / right).round() % 256],
+            "start-mixed": ((w - low) / right).round(),
+        }
+        _close(codes, position.round(), f"the codes, {case}", unsure, wrong, torch.uint8)
+        q = codes.double()
+        wrong = {
+            "wrapped": ((q - zero) % 256).float() * float(step),
+            "zero-missing": q * right,
+            "zero-sign": (q + zero) * right,
+            "zero-unscaled": [q * right - zero, q * right + zero],
+            "start-mixed": q * right + low,
+        }
+        within = 4 * EPSILON * right * (q + abs(zero) + 1)
+        _close(back, (q - zero) * right, f"what comes back, {case}", within, wrong, torch.float32)
+
+
+def _round_trip(weight: Tensor, bits: int, block_size: int, rounding=torch.round) -> Tensor:
+    """Absmax integers in blocks, by the definition, in the weight's dtype. (n,)."""
+    back = []
+    for block in weight.reshape(-1).split(block_size):
+        step = block.abs().max() / (2 ** (bits - 1) - 1)
+        back.append(rounding(block / step) * step if step > 0 else block)
+    return torch.cat(back)
+
+
+@exercise("03-measure")
+def measure(answer: Answer, draw: Draw) -> None:
+    """`f(weight, bits, block_size)`: (bits a weight with steps of 32 bits, |w - back| / |w|) of absmax integers."""
+    pruned = draw.normal(9, 16)
+    pruned[3:5] = 0
+    cases = [(3 * draw.normal(12, 20), 4, 16, None), (3 * draw.normal(7, 15), 3, 8, "short-block")]
+    cases += [(draw.normal(11, 3), 8, 64, "short-block"), (pruned, 4, 16, "zero-division")]
+    cases += [(draw.normal(61, 35) * draw.uniform(61, 1), 5, 128, None)] * draw.hidden
+    for weight, bits, size, mistake in cases:
+        w = weight.double().reshape(-1)
+        n, scales = len(w), 32 * -(-len(w) // size)  # weights, and bits of all steps
+        case = f"for a weight of shape {tuple(weight.shape)}, {bits} bits, blocks of {size}"
+        with _otherwise(mistake):
+            cost, error = expect.parts(answer(weight, bits, size, crash=mistake), "the result", 2)
+            right = bits + scales / n
+            wrong = {
+                "scales-not-counted": bits,
+                "short-block": _nearest_to(cost, [bits + 32 / size, bits + 32 * (n // size) / n]),
+                "per-weight": bits * n + scales,
+                "bytes": _nearest_to(cost, [bits + scales / 8 / n, right / 8]),
+                "sixteen-bits": bits + scales / 2 / n,
+            }
+            expect.number(cost, right, f"bits a weight, {case}", 1e-6 * right, wrong)
+            lost = w - _round_trip(w, bits, size)
+            squares = lost.square()
+            exact = (lost.norm() / w.norm()).item()
+            means = [lost.norm(), squares.sum(), squares.mean().sqrt(), squares.mean()]
+            sizes = [lost.abs().sum() / w.abs().sum(), (lost.abs() / w.abs()).nanmean()]
+            wrong = {
+                "squared": exact**2,
+                "not-relative": _nearest_to(error, [m.item() for m in means]),
+                "magnitudes": _nearest_to(error, [s.item() for s in sizes]),
+                "percent": 100 * exact,
+                # In float32, an absmax divided by its step may be less than the largest code, and lose a whole step.
+                "truncated": ((w - _round_trip(w.float(), bits, size, torch.trunc)).norm() / w.norm()).item(),
+                "one-step": ((w - _round_trip(w, bits, n)).norm() / w.norm()).item(),
+            }
+            # What comes back is off by some roundings of its own size, and a sum of n squares by n roundings.
+            expect.number(error, exact, f"the error, {case}", EPSILON * (8 + n * exact), wrong)
+
+
+_FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _row(part, name: str, count: int | None, dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    """A part that is stored, if it is one row of `count` finite numbers of such a dtype."""
+    part = expect.tensor(part, name, mistake="parts")
+    fits = part.dim() == 1 and part.dtype in dtypes and bool(part.double().isfinite().all())
+    kind = "one row of " + ("finite floats" if dtypes is _FLOATS else "integers")
+    expect.true(fits, name, "parts", kind, f"{part.dtype}, shape {tuple(part.shape)}")
+    expect.true(count in (None, len(part)), f"{name}: how many", "part-lengths", count, len(part))
+    return part.long() if dtypes is _INTEGERS else part
+
+
+def _unpacked(stored, n: int) -> tuple[Tensor, int]:
+    """What a challenger has stored for n weights: the weights that it stands for, float64 (n,), and all its bits."""
+    needed, optional = {"bits", "codes", "levels", "block_size", "scales"}, {"starts", "positions", "values"}
+    keys = set(stored) if isinstance(stored, dict) else set()
+    named = ", ".join(sorted(map(str, keys))) or type(stored).__name__
+    fits = needed <= keys <= needed | optional
+    expect.true(fits, "what is stored", "parts", "the parts of the table", named)
+    bits, size = stored["bits"], stored["block_size"]
+    for name, number, most in (("bits", bits, 8), ("block_size", size, n)):
+        fits = type(number) is int and 1 <= number <= most
+        expect.true(fits, name, "parts", f"a whole number from 1 to {most}", str(number)[:50])
+    blocks, block = -(-n // size), torch.arange(n) // size
+    codes = _row(stored["codes"], "codes", n, _INTEGERS)
+    levels = _row(stored["levels"], "levels", None, _FLOATS)
+    expect.true(len(levels) <= 2**bits, "levels", "levels-unnamed", f"at most {2**bits}", len(levels))
+    low, high = codes.min().item(), codes.max().item()
+    inside = low >= 0 and high < len(levels)
+    expect.true(inside, "codes", "code-out-of-range", f"0 to {len(levels) - 1}", f"{low} to {high}")
+    floats = [levels, _row(stored["scales"], "scales", blocks, _FLOATS)]
+    weights = levels.double()[codes] * floats[1].double()[block]
+    if "starts" in keys:
+        floats.append(_row(stored["starts"], "starts", blocks, _FLOATS))
+        weights += floats[-1].double()[block]
+    used = bits * n
+    if keys & {"positions", "values"}:
+        expect.true({"positions", "values"} <= keys, "positions and values", "parts", "both", "one of them")
+        positions = _row(stored["positions"], "positions", None, _INTEGERS)
+        floats.append(_row(stored["values"], "values", len(positions), _FLOATS))
+        inside = ((positions >= 0) & (positions < n)).all() and len(positions.unique()) == len(positions)
+        expect.true(
+            bool(inside), "positions", "positions", f"different whole numbers from 0 to {n - 1}", positions
+        )
+        weights[positions] = floats[-1].double()
+        used += len(positions) * math.ceil(math.log2(n))
+    return weights, used + sum(8 * part.element_size() * part.numel() for part in floats)
+
+
+def _rival(weight: Tensor, size: int, min_max: bool = False, apart: int = 0) -> dict:
+    """4-bit integers in blocks as a challenger would store them; `apart`: so many of the largest beside them."""
+    flat = weight.reshape(-1).clone()
+    positions = flat.abs().topk(apart).indices
+    values, flat[positions] = flat[positions].half(), 0
+    first, last = (0, 15) if min_max else (-7, 7)
+    stored = {"bits": 4, "levels": torch.arange(first, last + 1).half(), "block_size": size}
+    pieces = flat.split(size)
+    starts = torch.stack([piece.min() if min_max else 0 * piece[0] for piece in pieces]).half()
+    tops = torch.stack([piece.max() if min_max else piece.abs().max() for piece in pieces])
+    stored["scales"] = ((tops - starts.float()) / last).half()
+    block = torch.arange(len(flat)) // size
+    position = (flat - starts.float()[block]) / stored["scales"].float().clamp(min=1e-30)[block]
+    stored["codes"] = position.round().clamp(first, last).long() - first
+    stored |= {"starts": starts} if min_max else {}
+    return stored | ({"positions": positions, "values": values} if apart else {})
+
+
+@exercise("03-budget")
+def budget(answer: Answer, draw: Draw) -> Score:
+    """`f(weight)`: a dict that stands for the weights in 4.5 bits each at most, all counted; decoded here."""
+    for source in (draw, Draw(3)):  # fresh weights for validity, then those of the scoreboard
+        weight = source.normal(53, 157) * source.uniform(53, 1, low=0.5, high=2)
+        spikes = source.uniform(53, 157) < 0.006
+        weight = weight * torch.where(spikes, source.uniform(53, 157, low=6, high=20), 1.0)
+        w, n = weight.double().flatten(), weight.numel()
+        rivals = {
+            "absmax in 128s": _rival(weight, 128),
+            "absmax in 64s": _rival(weight, 64),
+            "absmax in 32s": _rival(weight, 32),
+            "min-max in 64s": _rival(weight, 64, min_max=True),
+            "outliers apart": _rival(weight, 64, apart=n // 140),
+        }
+        errors, names = [], []
+        for stored in (answer(weight), *rivals.values()):
+            decoded, bits = _unpacked(stored, n)
+            errors.append(100 * ((decoded - w).norm() / w.norm()).item())
+            names.append(f"{bits / n:.2f} bits")
+            if len(errors) == 1:
+                allowed = f"at most {4.5 * n:,.0f}"
+                expect.true(bits <= 4.5 * n, "bits that are stored", "over-budget", allowed, f"{bits:,}")
+        mine, *others = errors
+        plain, good = others[3], 1.02 * others[4]
+        expect.true(mine < plain, "the error, in %", "outliers-share", f"less than {plain:.2f}", mine)
+        expect.true(mine <= good, "the error, in %", "outliers-wrong", f"at most {good:.2f}", mine)
+    board = {f"{name}: {bits}": e for name, bits, e in zip(rivals, names[1:], others, strict=True)}
+    return Score(mine, "% error", board)
