@@ -160,11 +160,7 @@ class _Other(str):
 def unchanged(before, after) -> bool:
     """Whether plain values are bitwise the same."""
     if isinstance(before, Tensor):
-        if (
-            before.shape != after.shape
-            or before.dtype != after.dtype
-            or before.requires_grad != after.requires_grad
-        ):
+        if before.shape != after.shape or before.dtype != after.dtype:
             return False
         a, b = before.detach(), after.detach()
         return torch.equal(a, b) or (

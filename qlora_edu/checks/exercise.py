@@ -144,7 +144,8 @@ class Answer:
 
 def described(arguments: tuple) -> str:
     """Inputs in few characters."""
-    return ", ".join(map(show, arguments)) or "no arguments"
+    text = ", ".join(map(show, arguments)) or "no arguments"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 @dataclass(frozen=True, eq=False)
