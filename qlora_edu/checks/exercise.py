@@ -158,7 +158,7 @@ class Exercise:
         hints: by mistake, what to think about.
         examine: the check's body; that of a challenge returns a Score.
         probe: None, or a function of the student's object and inputs that returns plain values. Where the student
-        hands in a     class, it uses the class beside the student's code, and the check compares what it returns.
+        hands in a class, it uses the class beside the student's code, and the check compares what it returns.
         allow: modules of the course that an answer may use.
         seconds: how long one call may take.
     """

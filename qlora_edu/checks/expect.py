@@ -100,8 +100,8 @@ def close(
         it. place: how to name the first place, from its index; by default "first at [i, j]".
     """
     got = tensor(got, what)
-    # A mistake has roundings of its own, and perhaps another shape, so it is compared with the largest tolerance.
-    near = within.max() if isinstance(within, Tensor) and within.numel() else within
+    other = isinstance(within, Tensor) and got.shape != right.shape  # a mistake may have another shape
+    near = within.max() if other and within.numel() else within
     fits = [
         name
         for name, tensors in (looks_like or {}).items()
