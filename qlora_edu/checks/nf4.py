@@ -334,7 +334,7 @@ def place(answer: Answer, draw: Draw) -> Score:
         left = _loss(got, weights, size)
         if weights is fresh:
             plain, known = _lloyd(fresh, size, 0), _loss(_levels(4, OFFSET), fresh, size)
-            # Rounds that begin elsewhere than at NF4's levels end up to 9% above these, in 400 draws.
+            # Rounds that begin elsewhere than at NF4's levels end up to 9% above these, in 150 draws.
             needed = 1.12 * _loss(_lloyd(fresh, size, 2), fresh, size)
             alike = (got.double().sort().values - plain).abs().max() < 0.02
             name = "scales-ignored" if alike else "no-better" if left >= 0.98 * known else "not-settled"
