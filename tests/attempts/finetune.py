@@ -1,0 +1,1449 @@
+"""Attempts at the exercises of chapter 08."""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import random
+import re
+from statistics import NormalDist
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from tests.attempts import right, wrong
+
+# 08-labels
+
+
+@right("08-labels")
+def by_lists(rows, eos_id, pad_id):
+    longest = max(len(p) + len(a) + 1 for p, a in rows)
+    ids, mask, labels = [], [], []
+    for prompt, answer in rows:
+        rest = longest - len(prompt) - len(answer) - 1
+        ids.append(prompt + answer + [eos_id] + [pad_id] * rest)
+        mask.append([1] * (longest - rest) + [0] * rest)
+        labels.append([-100] * len(prompt) + answer + [eos_id] + [-100] * rest)
+    return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
+
+
+@right("08-labels")
+def by_pad_sequence(rows, eos_id, pad_id):
+    def padded(lines, fill):
+        return pad_sequence([torch.tensor(line) for line in lines], batch_first=True, padding_value=fill)
+
+    ids = padded([[*p, *a, eos_id] for p, a in rows], pad_id)
+    labels = padded([[-100] * len(p) + [*a, eos_id] for p, a in rows], -100)
+    lengths = torch.tensor([len(p) + len(a) + 1 for p, a in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long(), labels
+
+
+@right("08-labels")
+def by_numpy(rows, eos_id, pad_id):
+    lines = [p + a + [eos_id] for p, a in rows]
+    ids = np.full((len(rows), max(map(len, lines))), pad_id, dtype=np.int64)
+    mask, labels = np.zeros_like(ids), np.full_like(ids, -100)
+    for i, ((prompt, _), line) in enumerate(zip(rows, lines, strict=True)):
+        ids[i, : len(line)], mask[i, : len(line)] = line, 1
+        labels[i, len(prompt) : len(line)] = line[len(prompt) :]
+    return ids, mask, labels
+
+
+def _batch(rows, eos_id, pad_id):
+    """A right one, for wrong ones to spoil."""
+    ids, mask, labels = by_lists(rows, eos_id, pad_id)
+    return ids, mask, labels, [len(p) for p, _ in rows], [len(p) + len(a) + 1 for p, a in rows]
+
+
+@wrong("08-labels", "prompt-scored")
+def as_the_collator_does(rows, eos_id, pad_id):
+    ids, mask, *_ = _batch(rows, eos_id, pad_id)
+    labels = ids.clone()
+    labels[labels == pad_id] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "prompt-scored")
+def all_tokens(rows, eos_id, pad_id):
+    ids, mask, *_ = _batch(rows, eos_id, pad_id)
+    return ids, mask, torch.where(mask == 1, ids, -100)
+
+
+@wrong("08-labels", "end-masked")
+def prompt_and_pad_value_masked(rows, eos_id, pad_id):
+    ids, mask, _, starts, _ = _batch(rows, eos_id, pad_id)
+    labels = ids.clone()
+    for i, start in enumerate(starts):
+        labels[i, :start] = -100
+    labels[ids == pad_id] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "end-masked")
+def end_read_but_not_scored(rows, eos_id, pad_id):
+    ids, mask, labels, _, ends = _batch(rows, eos_id, pad_id)
+    for i, end in enumerate(ends):
+        labels[i, end - 1] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "end-masked")
+def end_not_attended(rows, eos_id, pad_id):
+    ids, mask, labels, _, ends = _batch(rows, eos_id, pad_id)
+    for i, end in enumerate(ends):
+        mask[i, end - 1] = 0
+    return ids, mask, labels
+
+
+@wrong("08-labels", "end-missing")
+def no_end(rows, eos_id, pad_id):
+    ids, mask, labels, _, ends = _batch(rows, eos_id, pad_id)
+    for i, end in enumerate(ends):
+        ids[i, end - 1], mask[i, end - 1], labels[i, end - 1] = pad_id, 0, -100
+    return ids[:, :-1], mask[:, :-1], labels[:, :-1]
+
+
+@wrong("08-labels", "padding-scored")
+def padding_learned(rows, eos_id, pad_id):
+    ids, mask, _, starts, _ = _batch(rows, eos_id, pad_id)
+    labels = ids.clone()
+    for i, start in enumerate(starts):
+        labels[i, :start] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "shifted")
+def shifted_here_too(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, mask, torch.cat([labels[:, 1:], torch.full((len(rows), 1), -100)], dim=1)
+
+
+@wrong("08-labels", "padded-left")
+def as_for_generation(rows, eos_id, pad_id):
+    longest = max(len(p) + len(a) + 1 for p, a in rows)
+    ids, mask, labels = [], [], []
+    for prompt, answer in rows:
+        rest = longest - len(prompt) - len(answer) - 1
+        ids.append([pad_id] * rest + prompt + answer + [eos_id])
+        mask.append([0] * rest + [1] * (longest - rest))
+        labels.append([-100] * (rest + len(prompt)) + answer + [eos_id])
+    return torch.tensor(ids), torch.tensor(mask), torch.tensor(labels)
+
+
+@wrong("08-labels", "mask-by-value")
+def mask_from_tokens(rows, eos_id, pad_id):
+    ids, _, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, (ids != pad_id).long(), labels
+
+
+@wrong("08-labels", "padding-attended")
+def ones(rows, eos_id, pad_id):
+    ids, _, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, torch.ones_like(ids), labels
+
+
+@wrong("08-labels", "boundary")
+def one_too_early(rows, eos_id, pad_id):
+    ids, mask, _, starts, ends = _batch(rows, eos_id, pad_id)
+    labels = torch.full_like(ids, -100)
+    for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        labels[i, start - 1 : end] = ids[i, start - 1 : end]
+    return ids, mask, labels
+
+
+@wrong("08-labels", "boundary")
+def one_too_late(rows, eos_id, pad_id):
+    ids, mask, labels, starts, _ = _batch(rows, eos_id, pad_id)
+    for i, start in enumerate(starts):
+        labels[i, : start + 1] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "prompt-scored")
+def until_the_first_end(rows, eos_id, pad_id):
+    ids, mask, *_ = _batch(rows, eos_id, pad_id)
+    labels = torch.where(mask == 1, ids, -100)
+    for i, line in enumerate(ids.tolist()):
+        labels[i, : line.index(eos_id) + 1] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "not-ignored")
+def zero_for_the_rest(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, mask, labels.masked_fill(labels == -100, 0)
+
+
+@wrong("08-labels", "wrong-dtype")
+def mask_of_bools(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, mask.bool(), labels
+
+
+@wrong("08-labels", "changed-input")
+def appends_the_end(rows, eos_id, pad_id):
+    for _, answer in rows:
+        answer.append(eos_id)
+    ids = pad_sequence([torch.tensor(p + a) for p, a in rows], batch_first=True, padding_value=pad_id)
+    return ids, ids, ids
+
+
+# 08-loss
+
+
+@right("08-loss")
+def with_cross_entropy(logits, labels):
+    logits, labels = logits[:, :-1].float(), labels[:, 1:]
+    total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)
+    return total / (labels != -100).sum().clamp(min=1)
+
+
+@right("08-loss")
+def with_a_loop(logits, labels):
+    total, count = logits.sum().float() * 0, 0
+    for row, (line, targets) in enumerate(zip(logits.float(), labels.tolist(), strict=True)):
+        for t in range(1, len(targets)):
+            if labels[row, t] >= 0:
+                total = total + torch.logsumexp(line[t - 1], 0) - line[t - 1, targets[t]]
+                count += 1
+    return total / max(count, 1)
+
+
+@right("08-loss")
+def with_gather(logits, labels):
+    logp = logits.float().log_softmax(dim=-1)[:, :-1]
+    mask = labels[:, 1:] != -100
+    picked = logp.gather(2, labels[:, 1:].clamp(min=0)[:, :, None])[:, :, 0]
+    return -(picked * mask).sum() / mask.sum().clamp(min=1)
+
+
+@wrong("08-loss", "no-shift")
+def unshifted(logits, labels):
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+@wrong("08-loss", "shifted-back")
+def shifted_wrong(logits, labels):
+    return F.cross_entropy(logits[:, 1:].float().flatten(0, 1), labels[:, :-1].flatten())
+
+
+@wrong("08-loss", "mean-of-rows")
+def row_by_row(logits, labels):
+    losses = [F.cross_entropy(line[:-1].float(), row[1:]) for line, row in zip(logits, labels, strict=True)]
+    return torch.stack(losses).mean()
+
+
+@wrong("08-loss", "padding-counted")
+def mean_of_all(logits, labels):
+    losses = F.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none", ignore_index=-100
+    )
+    return losses.mean()
+
+
+@wrong("08-loss", "padding-counted")
+def divided_by_everything(logits, labels):
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="sum")
+    return losses / labels.numel()
+
+
+@wrong("08-loss", "first-counted")
+def divided_by_all_labels(logits, labels):
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="sum")
+    return losses / (labels != -100).sum()
+
+
+@wrong("08-loss", "not-divided")
+def the_sum(logits, labels):
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+@wrong("08-loss", "nothing-scored")
+def the_library_mean(logits, labels):
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+
+
+@wrong("08-loss", "zero-ignored")
+def zero_is_padding(logits, labels):
+    mask = labels[:, 1:] > 0
+    logp = logits[:, :-1].float().log_softmax(-1)
+    return -logp[mask].gather(1, labels[:, 1:][mask][:, None]).sum() / mask.sum().clamp(min=1)
+
+
+@wrong("08-loss", "sign")
+def log_p(logits, labels):
+    mask = labels[:, 1:] != -100
+    logp = logits[:, :-1].float().log_softmax(-1)
+    return logp[mask].gather(1, labels[:, 1:][mask][:, None]).sum() / mask.sum().clamp(min=1)
+
+
+def _by_hand(logits, labels, probabilities):
+    mask = labels[:, 1:] != -100
+    p = probabilities(logits[:, :-1])[mask].gather(1, labels[:, 1:][mask][:, None])
+    return -p.log().sum() / mask.sum().clamp(min=1)
+
+
+@wrong("08-loss", "overflow")
+def exp_over_sum(logits, labels):
+    return _by_hand(logits.float(), labels, lambda z: z.exp() / z.exp().sum(dim=-1, keepdim=True))
+
+
+@wrong("08-loss", "overflow")
+def log_of_softmax(logits, labels):
+    return _by_hand(logits.float(), labels, lambda z: z.softmax(dim=-1))
+
+
+@wrong("08-loss", "overflow")
+def log_of_softmax_and_a_bit(logits, labels):
+    return _by_hand(logits.float(), labels, lambda z: z.softmax(dim=-1) + 1e-9)
+
+
+@wrong("08-loss", "half-precision")
+def in_the_logits_dtype(logits, labels):
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return total.float() / (labels[:, 1:] != -100).sum().clamp(min=1)
+
+
+@wrong("08-loss", "half-precision")
+def converted_late(logits, labels):
+    logp = logits.log_softmax(-1).float()[:, :-1]
+    mask = labels[:, 1:] != -100
+    return -logp[mask].gather(1, labels[:, 1:][mask][:, None]).sum() / mask.sum().clamp(min=1)
+
+
+@wrong("08-loss", "no-gradient")
+def as_a_new_tensor(logits, labels):
+    return torch.tensor(with_cross_entropy(logits, labels).item())
+
+
+@wrong("08-loss", "no-gradient")
+@torch.no_grad()
+def without_grad(logits, labels):
+    return with_cross_entropy(logits, labels)
+
+
+@wrong("08-loss", "no-gradient")
+def zero_made_anew(logits, labels):
+    if not (labels[:, 1:] != -100).any():
+        return torch.tensor(0.0)
+    return with_cross_entropy(logits, labels)
+
+
+@wrong("08-loss", "wrong-shape")
+def one_for_each_row(logits, labels):
+    mask = labels[:, 1:] != -100
+    losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+    return losses.sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+@wrong("08-loss", "wrong-type")
+def a_number(logits, labels):
+    return with_cross_entropy(logits, labels).item()
+
+
+# 08-schedule
+
+
+@right("08-schedule")
+def with_cases(step, total, warmup):
+    if step >= total:
+        return 0.0
+    if step < warmup:
+        return (step + 1) / warmup
+    return math.cos(math.pi / 2 * (step - warmup) / (total - warmup)) ** 2
+
+
+@right("08-schedule")
+def with_numpy(step, total, warmup):
+    rise = np.linspace(0, 1, warmup + 1)[1:]
+    fall = 0.5 + 0.5 * np.cos(np.linspace(0, np.pi, total - warmup + 1))
+    return np.concatenate([rise, fall[:-1], np.zeros(100)])[step]
+
+
+@right("08-schedule")
+def with_torch(step, total, warmup):
+    x = (torch.tensor(step, dtype=torch.float32) - warmup) / max(total - warmup, 1)
+    if x < 0:
+        return 1 + (step + 1 - warmup) / warmup
+    return (1 + torch.cos(torch.pi * x)) / 2 * (step < total)
+
+
+@wrong("08-schedule", "starts-at-zero")
+def as_in_transformers(step, total, warmup):
+    if step >= total:
+        return 0.0
+    if step < warmup:
+        return step / max(1, warmup)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+@wrong("08-schedule", "late")
+def one_step_late(step, total, warmup):
+    if step >= total:
+        return 0.0
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+@wrong("08-schedule", "over-all-steps")
+def over_all(step, total, warmup):
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+
+
+@wrong("08-schedule", "not-halved")
+def plain_cosine(step, total, warmup):
+    if step < warmup:
+        return (step + 1) / warmup
+    return math.cos(math.pi * (step - warmup) / max(1, total - warmup)) if step < total else 0.0
+
+
+@wrong("08-schedule", "not-halved")
+def from_two(step, total, warmup):
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)) if step < total else 0.0
+
+
+@wrong("08-schedule", "ends-early")
+def zero_in_the_last_step(step, total, warmup):
+    if step >= total:
+        return 0.0
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup - 1)))
+
+
+@wrong("08-schedule", "straight")
+def linear(step, total, warmup):
+    if step < warmup:
+        return (step + 1) / warmup
+    return max(0.0, 1 - (step - warmup) / max(1, total - warmup))
+
+
+@wrong("08-schedule", "divides-by-zero")
+def minimum_of_both(step, total, warmup):
+    if step >= total:
+        return 0.0
+    fall = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, total - warmup)))
+    return min((step + 1) / warmup, fall)
+
+
+@wrong("08-schedule", "divides-by-zero")
+def no_steps_left(step, total, warmup):
+    fall = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / (total - warmup)))
+    return 0.0 if step >= total else (step + 1) / warmup if step < warmup else fall
+
+
+@wrong("08-schedule", "after-the-end")
+def rises_again(step, total, warmup):
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+@wrong("08-schedule", "wrong-type")
+def one_value_for_all(step, total, warmup):
+    return [(s + 1) / max(1, warmup) for s in range(total)]
+
+
+# 08-loop
+
+
+def _sum(model, ids, labels):
+    logits = model(ids)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+
+def _count(batches):
+    return sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches)
+
+
+@right("08-loop")
+def with_one_backward(model, steps, held_out, rate):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for batches in steps:
+        loss = sum(_sum(model, *batch) for batch in batches) / _count(batches)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        held = sum(_sum(model.eval(), *batch) for batch in held_out) / _count(held_out)
+    model.train()
+    return losses, held.item()
+
+
+@right("08-loop")
+def without_an_optimizer(model, steps, held_out, rate):
+    losses = torch.zeros(len(steps))
+    for i, batches in enumerate(steps):
+        for parameter in model.parameters():
+            parameter.grad = None
+        for batch in batches:
+            loss = _sum(model, *batch)
+            losses[i] += loss.detach() / _count(batches)
+            loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= rate / _count(batches) * parameter.grad
+    model.eval()
+    held = torch.stack([_sum(model, *batch) for batch in held_out]).sum() / _count(held_out)
+    model.train()
+    return losses, held
+
+
+def _loop(
+    model, steps, held_out, rate, *, weight, clear="step", train=True, evaluate=True, back=True, loss=None
+):
+    """A loop for wrong ones to spoil. weight: (scored in the micro-batch, scored in the step, micro-batches)."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    model.train(train)
+    for batches in steps:
+        total = 0.0
+        if clear == "step":
+            optimizer.zero_grad()
+        for batch in batches:
+            if clear == "batch":
+                optimizer.zero_grad()
+            part = _sum(model, *batch)
+            use = weight(_count([batch]), _count(batches), len(batches))
+            (part * use).backward()
+            total += part.item() * (loss or weight)(_count([batch]), _count(batches), len(batches))
+        optimizer.step()
+        losses.append(total)
+    if evaluate:
+        model.eval()
+    with torch.no_grad():
+        held = sum(
+            _sum(model, *b).item() * (loss or weight)(_count([b]), _count(held_out), len(held_out))
+            for b in held_out
+        )
+    if back:
+        model.train()
+    return losses, held
+
+
+def _tokens(mine, step, count):
+    return 1 / step
+
+
+def _means(mine, step, count):
+    return 1 / mine / count
+
+
+@wrong("08-loop", "mean-of-means")
+def three_bugs(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_means, clear="never", evaluate=False)
+
+
+@wrong("08-loop", "mean-of-means")
+def weighs_micro_batches(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_means)
+
+
+@wrong("08-loop", "gradients-kept")
+def forgets_zero_grad(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_tokens, clear="never")
+
+
+@wrong("08-loop", "gradients-kept")
+def forgets_zero_grad_and_eval(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_tokens, clear="never", evaluate=False)
+
+
+@wrong("08-loop", "cleared-too-often")
+def clears_inside(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_tokens, clear="batch")
+
+
+@wrong("08-loop", "not-divided")
+def adds_means(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=lambda mine, step, count: 1 / mine)
+
+
+@wrong("08-loop", "not-divided")
+def adds_means_and_keeps(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=lambda mine, step, count: 1 / mine, clear="never")
+
+
+@wrong("08-loop", "no-dropout")
+def eval_from_the_start(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_tokens, train=False)
+
+
+@wrong("08-loop", "first-counted")
+def counts_the_first_label(model, steps, held_out, rate):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for batches in steps:
+        scored = sum((labels != -100).sum() for _, labels in batches)
+        loss = sum(_sum(model, *batch) for batch in batches) / scored
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, 0.0
+
+
+@wrong("08-loop", "dropout-on")
+def never_eval(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_tokens, evaluate=False)
+
+
+@wrong("08-loop", "left-in-eval")
+def never_back(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_tokens, back=False)
+
+
+@wrong("08-loop", "loss-of-means")
+def reports_means(model, steps, held_out, rate):
+    return _loop(model, steps, held_out, rate, weight=_tokens, loss=_means)
+
+
+@wrong("08-loop", "loss-of-means")
+def held_out_means(model, steps, held_out, rate):
+    losses, _ = _loop(model, steps, held_out, rate, weight=_tokens)
+    model.eval()
+    held = sum(_sum(model, *batch).item() / _count([batch]) for batch in held_out) / len(held_out)
+    model.train()
+    return losses, held
+
+
+@wrong("08-loop", "not-trained")
+def never_steps(model, steps, held_out, rate):
+    losses = []
+    for batches in steps:
+        loss = sum(_sum(model, *batch) for batch in batches) / _count(batches)
+        loss.backward()
+        losses.append(loss.item())
+    return losses, 0.0
+
+
+@wrong("08-loop", "stepped-too-often")
+def steps_inside(model, steps, held_out, rate):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for batches in steps:
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = _sum(model, *batch) / _count([batch])
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    return losses, 0.0
+
+
+# 08-exact
+
+
+@right("08-exact")
+def with_a_pattern(text, tool, arguments):
+    found = {}
+    for line in text.strip().split("\n"):
+        match = re.fullmatch(r"([a-z_]+):(.+)", line.strip())
+        if not match or match[1] in found or not match[2].strip():
+            return False
+        found[match[1]] = match[2].strip()
+    return next(iter(found)) == "tool" and found == {"tool": tool, **arguments}
+
+
+@right("08-exact")
+def with_lists(text, tool, arguments):
+    pairs = [line.strip().partition(":")[::2] for line in text.strip().split("\n")]
+    pairs = [(key, value.strip()) for key, value in pairs]
+    return (
+        all(v for _, v in pairs)
+        and pairs[0] == ("tool", tool)
+        and sorted(pairs[1:]) == sorted(arguments.items())
+    )
+
+
+def _read(text):
+    """A careless reader: key and value of each line with a colon, for wrong ones."""
+    pairs = [line.split(":", 1) for line in text.split("\n") if ":" in line]
+    return {k.strip(): v.strip() for k, v in pairs}
+
+
+@wrong("08-exact", "refuses-right")
+def cut_at_every_colon(text, tool, arguments):
+    found = dict(line.split(":")[:2] for line in text.strip().split("\n") if ":" in line)
+    return {k: v.strip() for k, v in found.items()} == {"tool": tool, **arguments}
+
+
+@wrong("08-exact", "order-fixed")
+def compares_texts(text, tool, arguments):
+    wanted = "\n".join(f"{k}: {v}" for k, v in {"tool": tool, **arguments}.items())
+    return text.strip() == wanted
+
+
+@wrong("08-exact", "spaces-outside")
+def compares_lines(text, tool, arguments):
+    lines = text.split("\n")
+    return lines[0] == f"tool: {tool}" and sorted(lines[1:]) == sorted(
+        f"{k}: {v}" for k, v in arguments.items()
+    )
+
+
+@wrong("08-exact", "space-demanded")
+def splits_at_colon_and_space(text, tool, arguments):
+    found = {}
+    for line in text.strip().split("\n"):
+        key, sign, value = line.strip().partition(": ")
+        if not sign or key in found:
+            return False
+        found[key] = value
+    return found == {"tool": tool, **arguments} and next(iter(found)) == "tool"
+
+
+@wrong("08-exact", "space-before-colon")
+def strips_keys(text, tool, arguments):
+    pairs = [line.partition(":") for line in text.strip().split("\n")]
+    pairs = [(k.strip(), v.strip()) for k, _, v in pairs]
+    return pairs[0] == ("tool", tool) and sorted(pairs[1:]) == sorted(arguments.items())
+
+
+@wrong("08-exact", "case")
+def folded(text, tool, arguments):
+    wanted = "\n".join(f"{k}: {v}" for k, v in {"tool": tool, **arguments}.items())
+    return (
+        with_a_pattern(text.lower(), tool.lower(), {k: v.lower() for k, v in arguments.items()})
+        or text == wanted
+    )
+
+
+@wrong("08-exact", "case")
+def folded_keys(text, tool, arguments):
+    lines = [line.partition(":") for line in text.split("\n")]
+    return with_a_pattern("\n".join(k.lower() + s + v for k, s, v in lines), tool, arguments)
+
+
+@wrong("08-exact", "spaces-inside")
+def squeezed(text, tool, arguments):
+    text = "\n".join(" ".join(line.split()) for line in text.split("\n"))
+    return with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "prefix")
+def starts_alike(text, tool, arguments):
+    found = _read(text)
+    return all(found.get(k, "").startswith(v) for k, v in {"tool": tool, **arguments}.items())
+
+
+@wrong("08-exact", "prefix")
+def contained(text, tool, arguments):
+    found = _read(text)
+    return found.keys() == {"tool", *arguments} and all(
+        found[k] in v for k, v in {"tool": tool, **arguments}.items()
+    )
+
+
+@wrong("08-exact", "text-around")
+def skips_other_lines(text, tool, arguments):
+    found = _read(text)
+    return found == {"tool": tool, **arguments}
+
+
+@wrong("08-exact", "text-around")
+def searches_for_tool(text, tool, arguments):
+    return with_a_pattern(text[max(0, text.find("tool:")) :], tool, arguments)
+
+
+@wrong("08-exact", "missing-argument")
+def all_written_are_right(text, tool, arguments):
+    found = {}
+    for line in text.strip().split("\n"):
+        key, sign, value = line.strip().partition(":")
+        if not sign or key in found:
+            return False
+        found[key] = value.strip()
+    return found.pop("tool", None) == tool and all(arguments.get(k) == v for k, v in found.items())
+
+
+@wrong("08-exact", "extra-argument")
+def all_wanted_are_there(text, tool, arguments):
+    found = {}
+    for line in text.strip().split("\n"):
+        key, sign, value = line.strip().partition(":")
+        if not sign or key in found:
+            return False
+        found[key] = value.strip()
+    return found.pop("tool", None) == tool and all(found.get(k) == v for k, v in arguments.items())
+
+
+@wrong("08-exact", "twice")
+def the_last_counts(text, tool, arguments):
+    lines = [line.strip().partition(":") for line in text.strip().split("\n")]
+    if not all(sign for _, sign, _ in lines) or lines[0][0] != "tool":
+        return False
+    return {k: v.strip() for k, _, v in lines} == {"tool": tool, **arguments}
+
+
+@wrong("08-exact", "twice")
+def the_first_counts(text, tool, arguments):
+    found = {}
+    for line in text.strip().split("\n"):
+        key, sign, value = line.strip().partition(":")
+        if not sign:
+            return False
+        found.setdefault(key, value.strip())
+    return found == {"tool": tool, **arguments}
+
+
+@wrong("08-exact", "twice")
+def as_a_set(text, tool, arguments):
+    lines = [line.strip().partition(":") for line in text.strip().split("\n")]
+    pairs = {(k, v.strip()) for k, _, v in lines}
+    return lines[0][0] == "tool" and pairs == {("tool", tool), *arguments.items()}
+
+
+@wrong("08-exact", "names-ignored")
+def values_only(text, tool, arguments):
+    lines = [line.strip().partition(":") for line in text.strip().split("\n")]
+    if (
+        lines[0][0] != "tool"
+        or {k for k, _, _ in lines[1:]} != set(arguments)
+        or len(lines) != 1 + len(arguments)
+    ):
+        return False
+    return lines[0][2].strip() == tool and sorted(v.strip() for _, _, v in lines[1:]) == sorted(
+        arguments.values()
+    )
+
+
+@wrong("08-exact", "tool-ignored")
+def arguments_only(text, tool, arguments):
+    lines = [line.strip().partition(":") for line in text.strip().split("\n")]
+    pairs = [(k, v.strip()) for k, _, v in lines]
+    return pairs[0][0] == "tool" and sorted(pairs[1:]) == sorted(arguments.items())
+
+
+@wrong("08-exact", "tool-not-first")
+def any_order(text, tool, arguments):
+    pairs = [line.strip().partition(":") for line in text.strip().split("\n")]
+    return sorted((k, v.strip()) for k, _, v in pairs) == sorted([("tool", tool), *arguments.items()])
+
+
+@wrong("08-exact", "empty-value")
+def drops_empty_values(text, tool, arguments):
+    lines = [line.strip() for line in text.strip().split("\n") if not line.strip().endswith(":")]
+    return with_a_pattern("\n".join(lines), tool, arguments)
+
+
+@wrong("08-exact", "empty-value")
+def values_may_be_empty(text, tool, arguments):
+    pairs = [line.strip().partition(":")[::2] for line in text.strip().split("\n")]
+    pairs = [(key, value.strip()) for key, value in pairs]
+    return pairs[0] == ("tool", tool) and sorted(pairs[1:]) == sorted(arguments.items())
+
+
+@wrong("08-exact", "blank-line")
+def drops_blank_lines(text, tool, arguments):
+    return with_a_pattern("\n".join(line for line in text.split("\n") if line.strip()), tool, arguments)
+
+
+@wrong("08-exact", "empty")
+def falls_over_nothing(text, tool, arguments):
+    lines = text.split()
+    if lines[0] != "tool:" and not lines[0].startswith("tool:"):
+        return False
+    return with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "empty")
+def nothing_is_vacuously_right(text, tool, arguments):
+    if not text:
+        return not arguments
+    return with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "wrong-type")
+def returns_the_call(text, tool, arguments):
+    return _read(text) or None
+
+
+# 08-interval
+
+
+@right("08-interval")
+def by_the_formula(right, n, confidence):
+    if n == 0:
+        raise ValueError("no rows")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = right / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+@right("08-interval")
+def by_roots(right, n, confidence):
+    if n < 1:
+        raise ValueError(f"n = {n}")
+    z = torch.special.ndtri(torch.tensor(1 - (1 - confidence) / 2, dtype=torch.float64)).item()
+    p = right / n
+    return tuple(sorted(np.roots([1 + z**2 / n, -(2 * p + z**2 / n), p**2]).real))
+
+
+def _wilson(right, n, z, scaled=True, moved=True):
+    if n == 0:
+        raise ValueError
+    p = right / n
+    centre, half = p + moved * z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n if scaled else 1
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def _z(confidence):
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
+@wrong("08-interval", "normal")
+def textbook(right, n, confidence):
+    p, z = right / n, _z(confidence)
+    half = z * math.sqrt(p * (1 - p) / n)
+    return p - half, p + half
+
+
+@wrong("08-interval", "normal")
+def textbook_clipped(right, n, confidence):
+    p, z = right / n, _z(confidence)
+    half = z * math.sqrt(p * (1 - p) / n)
+    return max(0.0, p - half), min(1.0, p + half)
+
+
+@wrong("08-interval", "one-sided")
+def z_of_one_side(right, n, confidence):
+    return _wilson(right, n, NormalDist().inv_cdf(confidence))
+
+
+@wrong("08-interval", "z-fixed")
+def always_two(right, n, confidence):
+    return _wilson(right, n, 1.96)
+
+
+@wrong("08-interval", "not-scaled")
+def unscaled(right, n, confidence):
+    return _wilson(right, n, _z(confidence), scaled=False)
+
+
+@wrong("08-interval", "centre-kept")
+def around_the_share(right, n, confidence):
+    z, p = _z(confidence), right / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return p - half, p + half
+
+
+@wrong("08-interval", "swapped")
+def high_first(right, n, confidence):
+    return _wilson(right, n, _z(confidence))[::-1]
+
+
+@wrong("08-interval", "percent")
+def in_percent(right, n, confidence):
+    return [100 * bound for bound in _wilson(right, n, _z(confidence))]
+
+
+@wrong("08-interval", "no-rows")
+def divides_by_nothing(right, n, confidence):
+    z, p = _z(confidence), right / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+@wrong("08-interval", "no-rows")
+def nothing_known(right, n, confidence):
+    return _wilson(right, n, _z(confidence)) if n else (0.0, 1.0)
+
+
+# 08-examples
+
+
+def _collected(records, spaces=True, again="once"):
+    """(line, request, answer) of each record to a list of pairs."""
+    seen = {}
+    for line, request, answer in records:
+        if not isinstance(request, str) or not isinstance(answer, str):
+            raise ValueError(f"line {line}: expected two texts")
+        if spaces:
+            request, answer = request.strip(), answer.strip()
+        if not request or not answer:
+            raise ValueError(f"line {line}: is empty")
+        if again == "once" and seen.get(request, answer) != answer:
+            raise ValueError(f"line {line}: has another answer")
+        seen[request] = answer
+    if not seen:
+        raise ValueError("no examples")
+    return list(seen.items())
+
+
+def _csv_rows(text):
+    reader = csv.reader(io.StringIO(text, newline=""))
+    rows = [(reader.line_num, row) for row in reader if "".join(row).strip() or len(row) > 1]
+    if not rows:
+        raise ValueError("no examples")
+    return rows
+
+
+def _json_rows(text, lines=None):
+    for number, line in enumerate(text.split("\n") if lines is None else lines, start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            if not isinstance(record, dict) or not {"request", "answer"} <= record.keys():
+                raise ValueError(f"line {number}: expected the keys request and answer")
+            yield number, record["request"], record["answer"]
+
+
+def _csv_records(text):
+    (_, header), *rows = _csv_rows(text)
+    if not {"request", "answer"} <= set(header):
+        raise ValueError("line 1: expected the columns request and answer")
+    for number, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"line {number}: {len(row)} fields")
+        yield number, row[header.index("request")], row[header.index("answer")]
+
+
+@right("08-examples")
+def with_csv_reader(text, kind):
+    if kind not in ("csv", "jsonl"):
+        raise ValueError(f"unknown kind {kind}")
+    text = text.removeprefix("\ufeff")
+    return _collected(_csv_records(text) if kind == "csv" else _json_rows(text))
+
+
+@right("08-examples")
+def one_record_at_a_time(text, kind):
+    def dictionaries():
+        if kind == "jsonl":
+            for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+                try:
+                    yield number, json.loads(line.lstrip("\ufeff") or "{}") if line.strip() else None
+                except json.JSONDecodeError:
+                    yield number, {}
+        elif kind == "csv":
+            reader, header = csv.reader(io.StringIO(text.lstrip("\ufeff"))), None
+            for row in reader:
+                if row == [] or (len(row) == 1 and row[0].isspace()):
+                    continue
+                header = header or row
+                fits = len(row) == len(header) and "request" in header and "answer" in header
+                if not fits or row is not header:
+                    yield reader.line_num, dict(zip(header, row, strict=True)) if fits else {}
+
+    found, place = [], {}
+    for number, record in dictionaries():
+        if record is None:
+            continue
+        texts = [record.get(key) for key in ("request", "answer")] if isinstance(record, dict) else [None]
+        if not all(isinstance(t, str) and t.strip() for t in texts):
+            raise ValueError(f"{number}: a request or an answer is missing")
+        pair = tuple(t.strip() for t in texts)
+        if pair[0] not in place:
+            place[pair[0]] = len(found)
+            found.append(pair)
+        elif found[place[pair[0]]] != pair:
+            raise ValueError(f"{number}: the same request again, with another answer")
+    if not found:
+        raise ValueError("there is no example, or it is no csv or jsonl")
+    return found
+
+
+@wrong("08-examples", "refuses-right")
+def sorted_by_request(text, kind):
+    return sorted(with_csv_reader(text, kind))
+
+
+@wrong("08-examples", "refuses-right")
+def cut_at_semicolons(text, kind):
+    if kind == "csv":
+        return _collected((i, *line.split(";")[:2]) for i, line in enumerate(text.split("\n")[1:], start=2))
+    return with_csv_reader(text, kind)
+
+
+@wrong("08-examples", "quotes")
+def cut_at_commas(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    header, *lines = [line.split(",") for line in text.lstrip("\ufeff").split("\n") if line.strip()]
+    where = header.index("request"), header.index("answer")
+    return _collected((i, *(line[w] for w in where)) for i, line in enumerate(lines, start=2))
+
+
+@wrong("08-examples", "quotes")
+def quotes_taken_off(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    header, *lines = [line for line in text.lstrip("\ufeff").split("\n") if line.strip()]
+    header = header.split(",")
+    rows = [re.findall(r'("[^"]*"|[^,]+)(?:,|$)', line) for line in lines]
+    where = header.index("request"), header.index("answer")
+    return _collected((i, *(row[w].strip('"') for w in where)) for i, row in enumerate(rows, start=2))
+
+
+@wrong("08-examples", "line-breaks")
+def lines_first(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    reader = csv.DictReader(text.lstrip("\ufeff").splitlines())
+    return _collected((reader.line_num, row["request"], row["answer"]) for row in reader)
+
+
+@wrong("08-examples", "by-position")
+def first_two_columns(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    rows = _csv_rows(text.removeprefix("\ufeff"))
+    return _collected((number, *row[:2]) for number, row in rows[1:])
+
+
+@wrong("08-examples", "by-position")
+def first_two_values(text, kind):
+    if kind == "csv":
+        return with_csv_reader(text, kind)
+    lines = [line for line in text.removeprefix("\ufeff").split("\n") if line.strip()]
+    return _collected((i, *list(json.loads(line).values())[:2]) for i, line in enumerate(lines, start=1))
+
+
+@wrong("08-examples", "bom")
+def mark_kept(text, kind):
+    return _collected(_csv_records(text) if kind == "csv" else _json_rows(text))
+
+
+@wrong("08-examples", "blank-lines")
+def blank_lines_are_records(text, kind):
+    text = text.removeprefix("\ufeff")
+    if kind == "csv":
+        (_, *rows) = list(csv.reader(io.StringIO(text)))
+        return _collected(_csv_records(text)) if all(rows) else _collected((1, *row) for row in rows)
+    return _collected((i, *json.loads(line).values()) for i, line in enumerate(text.split("\n")))
+
+
+@wrong("08-examples", "blank-lines")
+def blank_lines_end_it(text, kind):
+    text = text.removeprefix("\ufeff")
+    return with_csv_reader(text.strip() if kind == "jsonl" else text.strip().split("\n \n")[0], kind)
+
+
+@wrong("08-examples", "not-stripped")
+def white_space_kept(text, kind):
+    text = text.removeprefix("\ufeff")
+    return _collected(_csv_records(text) if kind == "csv" else _json_rows(text), spaces=False)
+
+
+@wrong("08-examples", "repeated")
+def every_record(text, kind):
+    text = text.removeprefix("\ufeff")
+    records = _csv_records(text) if kind == "csv" else _json_rows(text)
+    return [(request.strip(), answer.strip()) for _, request, answer in records]
+
+
+@wrong("08-examples", "splitlines")
+def with_splitlines(text, kind):
+    if kind == "csv":
+        return with_csv_reader(text, kind)
+    return _collected(_json_rows("", text.removeprefix("\ufeff").splitlines()))
+
+
+@wrong("08-examples", "missing-column")
+def columns_trusted(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    rows = _csv_rows(text.removeprefix("\ufeff"))
+    header = rows[0][1]
+    return _collected((n, row[header.index("request")], row[header.index("answer")]) for n, row in rows[1:]) \
+        if "answer" in header else [(row[0], row[1]) for _, row in rows[1:]]  # fmt: skip
+
+
+@wrong("08-examples", "short-row")
+def rows_trusted(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
+    if "answer" not in header:
+        raise ValueError("line 1: no answer")
+    at = header.index("request"), header.index("answer")
+    return _collected((number, *(row[i].strip() for i in at)) for number, row in rows)
+
+
+@wrong("08-examples", "long-row")
+def the_rest_is_dropped(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
+    if "answer" not in header:
+        raise ValueError("line 1: no answer")
+    at = header.index("request"), header.index("answer")
+    records = []
+    for number, row in rows:
+        if len(row) < len(header):
+            raise ValueError(f"line {number}: too short")
+        records.append((number, *(row[i] for i in at)))
+    return _collected(records)
+
+
+def _lenient(text, kind, **changes):
+    """A right reader in which one rule is left out."""
+    if kind not in ("csv", "jsonl") and "any_kind" not in changes:
+        raise ValueError(kind)
+    text = text.removeprefix("\ufeff")
+    if not text.strip() and "nothing" in changes:
+        return []
+    records = _csv_records(text) if kind != "jsonl" else _json_rows(text)
+    seen = {}
+    for line, request, answer in records:
+        if not isinstance(request, str) or not isinstance(answer, str):
+            if "types" not in changes:
+                raise ValueError(f"line {line}")
+            request, answer = str(request), str(answer)
+        request, answer = request.strip(), answer.strip()
+        if (not request or not answer) and "empty" not in changes:
+            raise ValueError(f"line {line}")
+        if seen.get(request, answer) != answer and "contradiction" not in changes:
+            raise ValueError(f"line {line}")
+        seen[request] = answer
+    if not seen and "nothing" not in changes:
+        raise ValueError("nothing")
+    return list(seen.items())
+
+
+@wrong("08-examples", "empty")
+def empty_ones_kept(text, kind):
+    return _lenient(text, kind, empty=True)
+
+
+@wrong("08-examples", "contradiction")
+def the_last_answer_wins(text, kind):
+    return _lenient(text, kind, contradiction=True)
+
+
+@wrong("08-examples", "not-text")
+def numbers_become_text(text, kind):
+    return _lenient(text, kind, types=True)
+
+
+@wrong("08-examples", "nothing")
+def an_empty_list(text, kind):
+    return _lenient(text, kind, nothing=True)
+
+
+@wrong("08-examples", "unknown-kind")
+def anything_is_csv(text, kind):
+    return _lenient(text, kind, any_kind=True)
+
+
+@wrong("08-examples", "missing-key")
+def key_errors(text, kind):
+    if kind == "csv":
+        return with_csv_reader(text, kind)
+    lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
+    records = [(i, json.loads(line)) for i, line in lines if line.strip()]
+    return _collected((i, record["request"], record["answer"]) for i, record in records)
+
+
+@wrong("08-examples", "broken")
+def broken_lines_skipped(text, kind):
+    if kind == "csv":
+        return with_csv_reader(text, kind)
+    lines = text.removeprefix("\ufeff").split("\n")
+    return _collected(
+        _json_rows("", [line if line.strip().endswith('"}') or "'" not in line else "" for line in lines])
+    )
+
+
+@wrong("08-examples", "line-wrong")
+def the_errors_of_json(text, kind):
+    if kind == "csv":
+        return with_csv_reader(text, kind)
+    for line in text.removeprefix("\ufeff").split("\n"):
+        if "'" in line:
+            json.loads(line)
+    return with_csv_reader(text, kind)
+
+
+@wrong("08-examples", "line-wrong")
+def counts_records(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
+    if "answer" not in header:
+        raise ValueError("line 1: no answer")
+    for number, (_, row) in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise ValueError(f"line {number}: {len(row)} fields")
+    return with_csv_reader(text, kind)
+
+
+@wrong("08-examples", "line-wrong")
+def stripped_first(text, kind):
+    return with_csv_reader(text.removeprefix("\ufeff").strip(), kind)
+
+
+@wrong("08-examples", "line-breaks")
+def requests_on_one_line(text, kind):
+    return [(request.replace("\n", " "), answer) for request, answer in with_csv_reader(text, kind)]
+
+
+@wrong("08-examples", "line-unnamed")
+def no_line_in_the_error(text, kind):
+    try:
+        return with_csv_reader(text, kind)
+    except ValueError:
+        raise ValueError("this file cannot be read") from None
+
+
+# 08-split
+
+
+def _groups(examples):
+    groups = {}
+    for request, answer in examples:
+        groups.setdefault(" ".join(request.lower().split()), []).append((request, answer))
+    return groups
+
+
+def _sides(groups, chosen):
+    train = [row for key, rows in groups.items() if key not in chosen for row in rows]
+    return train, [row for key in chosen for row in groups[key]]
+
+
+def _size(groups, share):
+    if len(groups) < 2:
+        raise ValueError("fewer than two requests")
+    return min(max(1, round(share * len(groups))), len(groups) - 1)
+
+
+@right("08-split")
+def by_sample(examples, share, seed):
+    groups = _groups(examples)
+    return _sides(groups, random.Random(seed).sample(sorted(groups), _size(groups, share)))
+
+
+@right("08-split")
+def by_hash(examples, share, seed):
+    groups = _groups(examples)
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    chosen = set(order[: _size(groups, share)])
+    held = [pair for pair in examples if " ".join(pair[0].casefold().split()) in chosen]
+    return [pair for pair in examples if pair not in held], held
+
+
+@right("08-split")
+def by_torch(examples, share, seed):
+    groups = _groups(examples)
+    keys, generator = sorted(groups), torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(keys), generator=generator).tolist()
+    return _sides(groups, [keys[i] for i in order[: _size(groups, share)]])
+
+
+@wrong("08-split", "leak")
+def rows_drawn(examples, share, seed):
+    rows = sorted(examples)
+    random.Random(seed).shuffle(rows)
+    count = round(share * len(rows))
+    return rows[count:], rows[:count]
+
+
+@wrong("08-split", "leak")
+def letters_count(examples, share, seed):
+    groups = {}
+    for request, answer in examples:
+        groups.setdefault(request, []).append((request, answer))
+    return _sides(groups, random.Random(seed).sample(sorted(groups), _size(groups, share)))
+
+
+@wrong("08-split", "leak")
+def white_space_counts(examples, share, seed):
+    groups = {}
+    for request, answer in examples:
+        groups.setdefault(request.lower(), []).append((request, answer))
+    return _sides(groups, random.Random(seed).sample(sorted(groups), _size(groups, share)))
+
+
+@wrong("08-split", "size")
+def share_of_rows(examples, share, seed):
+    groups = _groups(examples)
+    keys, chosen, count = sorted(groups), [], 0
+    random.Random(seed).shuffle(keys)
+    while count < share * len(examples) and len(chosen) < len(keys) - 1:
+        chosen.append(keys.pop())
+        count += len(groups[chosen[-1]])
+    return _sides(groups, chosen)
+
+
+@wrong("08-split", "size")
+def rounded_up(examples, share, seed):
+    groups = _groups(examples)
+    count = min(math.ceil(share * len(groups)), len(groups) - 1)
+    return _sides(groups, random.Random(seed).sample(sorted(groups), count))
+
+
+@wrong("08-split", "size")
+def sides_swapped(examples, share, seed):
+    return by_sample(examples, share, seed)[::-1]
+
+
+@wrong("08-split", "empty-side")
+def rounded_to_nothing(examples, share, seed):
+    groups = _groups(examples)
+    return _sides(groups, random.Random(seed).sample(sorted(groups), round(share * len(groups))))
+
+
+@wrong("08-split", "rows-lost")
+def one_row_for_each_request(examples, share, seed):
+    groups = {key: rows[:1] for key, rows in _groups(examples).items()}
+    return _sides(groups, random.Random(seed).sample(sorted(groups), _size(groups, share)))
+
+
+@wrong("08-split", "rows-twice")
+def trained_on_all(examples, share, seed):
+    return examples, by_sample(examples, share, seed)[1]
+
+
+@wrong("08-split", "not-fixed")
+def no_seed(examples, share, seed):
+    groups = _groups(examples)
+    return _sides(groups, random.sample(sorted(groups), _size(groups, share)))
+
+
+@wrong("08-split", "not-fixed")
+def by_pythons_hash(examples, share, seed):
+    groups = _groups(examples)
+    order = sorted(groups, key=lambda key: hash((seed, key)))
+    return _sides(groups, order[: _size(groups, share)])
+
+
+@wrong("08-split", "in-order")
+def the_last_ones(examples, share, seed):
+    groups = _groups(examples)
+    return _sides(groups, list(groups)[-_size(groups, share) :])
+
+
+@wrong("08-split", "seed-ignored")
+def one_seed(examples, share, seed):
+    return by_sample(examples, share, 42)
+
+
+@wrong("08-split", "order-matters")
+def drawn_from_the_file_order(examples, share, seed):
+    groups = _groups(examples)
+    return _sides(groups, random.Random(seed).sample(list(groups), _size(groups, share)))
+
+
+@wrong("08-split", "one-request")
+def one_request_is_enough(examples, share, seed):
+    if len(_groups(examples)) < 2:
+        return examples, []
+    return by_sample(examples, share, seed)
+
+
+@wrong("08-split", "changed-input")
+def shuffled_in_place(examples, share, seed):
+    random.Random(seed).shuffle(examples)
+    return by_sample(examples, share, seed)
