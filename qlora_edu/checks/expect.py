@@ -173,9 +173,15 @@ def dot_error(*factors: Tensor) -> Tensor:
 def show(value) -> str:
     """A value in few characters."""
     if isinstance(value, str):
+        value = value if value.isprintable() else repr(value)
         return value if len(value) <= 100 else value[:97] + "..."
+    if isinstance(value, list | tuple) and len(value) <= 20:
+        text = "[" + ", ".join(map(show, value)) + "]"
+        return text if len(text) <= 100 else text[:97] + "..."
     if isinstance(value, float):
         return f"{value:.9g}"
+    if isinstance(value, int) and abs(value) >= 10**40:  # Python refuses to print some
+        return "a huge number"
     if isinstance(value, Tensor):
         text = f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         return f"{text} {value.tolist()}" if 0 < value.numel() <= 8 else text
