@@ -1,0 +1,346 @@
+"""Checks of chapter 01: bytes of a training step.
+
+Everywhere: a GB is 10⁹ bytes, a GiB 2³⁰. `config` holds what a model's config.json holds: d is "hidden_size", f is
+"intermediate_size", L is "num_hidden_layers", h is "num_attention_heads", k is "num_key_value_heads", e is "head_dim",
+V is "vocab_size". What is counted is judged by transformers' own model on the meta device.
+"""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from itertools import accumulate, combinations
+
+import torch
+from torch import Tensor, nn
+
+from qlora_edu.checks import expect
+from qlora_edu.checks.draw import Draw
+from qlora_edu.checks.exercise import Answer, Score, exercise
+
+SEVEN = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+GB, GIB = 10**9, 2**30
+
+
+def _number(
+    got, right: float, what: str, wrong: Iterable[tuple[str, float]] = (), within: float = 0.0
+) -> None:
+    """Refuse unless `got` is that close to the right number. wrong: mistakes, each with what it would have given."""
+    got = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
+    plain = isinstance(got, int | float) and not isinstance(got, bool)
+    if plain and abs(got) > 2**60:  # more than a float may hold
+        expect.fail(what, right, "more than 2⁶⁰, or less than its negative")
+    close = plain and abs(got - right) <= within
+    named = None if close or not plain else next((m for m, n in wrong if abs(got - n) <= within), None)
+    expect.number(got, right, what, within, {named: got} if named else None)
+
+
+def _count(got, right: int, what: str, off: Iterable[tuple[str, int]]) -> None:
+    """The same for a whole number. off: mistakes, each with what it adds; up to three at once are recognised."""
+    off = [(mistake, added) for mistake, added in off if added]
+    sets = (chosen for size in (1, 2, 3) for chosen in combinations(off, size))
+    _number(got, right, what, ((chosen[0][0], right + sum(n for _, n in chosen)) for chosen in sets))
+
+
+@exercise("01-training-bytes")
+def training_bytes(answer: Answer, draw: Draw) -> None:
+    """`f(base, adapter, base_bits, trained_bits, state_bits, master)`: GB of each part, and their sum."""
+    some, few = draw.whole(10**9, 10**11), draw.whole(10**6, 10**9)
+    for base, adapter, base_bits, trained_bits, state_bits, master in (
+        (65 * 10**9, 0, 16, 16, 32, False),
+        (some + 1, 0, 32, 16, 8, True),
+        (some, few, 4.127, 16, 32, False),
+        (some, few + 1, 16, 32, 8, False),
+        (some, few, 4.5, 16, 32, True),
+    ):
+        trained, every = adapter or base, base + adapter
+        gradient, state, copy = trained_bits / 8, state_bits / 8, 4 * master  # bytes for each trained number
+        right = {
+            "weights": base * base_bits / 8 / GB,
+            "adapter": adapter * trained_bits / 8 / GB,
+            "gradients": trained * gradient / GB,
+            "optimizer": trained * (2 * state + copy) / GB,
+        }
+        right["sum"] = sum(right.values())
+        wrong = [
+            ("gradients", "nothing-trained", 0),
+            *(("gradients", "gradients-of-frozen", numbers * gradient) for numbers in (base, every)),
+            ("gradients", "gradients-as-wide-as-the-base", trained * base_bits / 8),
+            ("optimizer", "nothing-trained", 0),
+            *(("optimizer", "states-of-frozen", numbers * (2 * state + copy)) for numbers in (base, every)),
+            *(("optimizer", "states-once", trained * (state + more)) for more in (copy, 0)),
+            ("optimizer", "master-missing", trained * 2 * state),
+            *(("optimizer", "master-of-frozen", trained * 2 * state + n * copy) for n in (base, every)),
+        ]
+        arguments = (base, adapter, base_bits, trained_bits, state_bits, master)
+        got = answer(*arguments)
+        keys = sorted(map(str, got)) if isinstance(got, dict) else got
+        expect.true(keys == sorted(right), "the result: a dict", "wrong-type", sorted(right), keys)
+        for part, size in right.items():
+            named = [("bits-for-bytes", 8 * size), ("gib", size * GB / GIB), ("not-in-gb", size * GB)]
+            named += [(mistake, number / GB) for where, mistake, number in wrong if where == part]
+            named += [("sum", got["sum"])] if part == "sum" else []
+            # A dozen roundings of float64, in any order, lose less than this.
+            _number(got[part], size, f'"{part}" in GB, for {arguments}', named, 1e-14 * right["sum"])
+
+
+def _model(config: dict) -> nn.Module:
+    """transformers' own model, on the meta device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**config))
+
+
+def _config(draw: Draw, shared: int, other: int = 0, tied: bool = False) -> dict:
+    """A small config with all settings. shared: h / k, so 1 without grouping. other: d / h less e, usually 0."""
+    k, e = draw.whole(2, 3), 2 * draw.whole(2, 5)
+    d = k * shared * (e + other)
+    return {
+        "hidden_size": d,
+        "intermediate_size": 3 * d + draw.whole(5, 60),
+        "num_hidden_layers": draw.whole(2, 4),
+        "num_attention_heads": k * shared,
+        "num_key_value_heads": k,
+        "head_dim": e,
+        "vocab_size": draw.whole(50, 90),
+        "tie_word_embeddings": tied,
+    }
+
+
+def _configs(draw: Draw) -> list[tuple[dict, str | None]]:
+    """Configs, the last four with settings that are missing or None; and the mistake that a crash looks like."""
+    grouped, alike = _config(draw, shared=3), _config(draw, shared=1, tied=True)
+    full = [grouped, alike, _config(draw, 2, -2), _config(draw, 2, 6, True)]
+    no_size, no_groups = grouped.copy(), alike.copy()
+    del no_size["head_dim"], no_size["tie_word_embeddings"], no_groups["num_key_value_heads"]
+    nones = [grouped | {"head_dim": None}, alike | {"num_key_value_heads": None, "head_dim": None}]
+    return [(c, None) for c in full] + [(c, "optional-settings") for c in (no_size, no_groups, *nones)]
+
+
+def _letters(config: dict) -> tuple[int, ...]:
+    """d, f, L, h, k, e, V of a config."""
+    d, h = config["hidden_size"], config["num_attention_heads"]
+    k, e = config.get("num_key_value_heads") or h, config.get("head_dim") or d // h
+    return d, config["intermediate_size"], config["num_hidden_layers"], h, k, e, config["vocab_size"]
+
+
+@exercise("01-parameters")
+def parameters(answer: Answer, draw: Draw) -> None:
+    """`f(config)`: the number of parameters of a LLaMA model."""
+    for config, optional in _configs(draw):
+        right = sum(parameter.numel() for parameter in _model(config).parameters())
+        d, f, layers, h, k, e, v = _letters(config)
+        query, key = 2 * d * (d - h * e), 2 * d * k * (d // h - e)  # d / h for e: in q and o, in k and v
+        tied = config.get("tie_word_embeddings", False)
+        off = {  # what shows in later configs alone comes first
+            "head-dim-ignored": [layers * added for added in (query + key, query, query // 2, key)],
+            "norms-missing": [-2 * layers * d, -layers * d],
+            "last-norm-missing": [-d],
+            "tied-twice": [v * d if tied else 0],
+            "output-missing": [0 if tied else -v * d],
+            "third-matrix-missing": [-layers * f * d],
+            # The second: as if all four matrices were d × d.
+            "heads-not-grouped": [layers * 2 * (h - k) * e * d, layers * (query + 2 * d * (d - k * e))],
+        }
+        got = answer(config, crash=optional)
+        what = f"the number of parameters, for {config}"
+        _count(got, right, what, [(m, n) for m, numbers in off.items() for n in numbers])
+
+
+@exercise("01-adapter")
+def adapter(answer: Answer, draw: Draw) -> None:
+    """`f(config, targets, r, bits)`: (numbers, bytes) of a LoRA adapter; ValueError for a name that fits no matrix."""
+    choices = [SEVEN, ("q_proj", "v_proj"), ("down_proj", "o_proj"), ("k_proj",)] * 2
+    for number, ((config, optional), targets) in enumerate(zip(_configs(draw), choices, strict=True)):
+        r, bits = draw.whole(2, 9), [16, 32][number % 2]
+        shapes = [m.weight.shape for n, m in _model(config).named_modules() if n.split(".")[-1] in targets]
+        d, f, layers, h, k, e, _ = _letters(config)
+
+        def as_if(keys: int, size: int, d=d, f=f, h=h, count=layers * r, targets=targets) -> int:
+            """The numbers with other heads of keys and values, or another size of a head."""
+            heads = {"q_proj": h, "k_proj": keys, "v_proj": keys, "o_proj": h}
+            return count * sum(d + (heads[name] * size if name in heads else f) for name in targets)
+
+        right = sum(r * (out + inn) for out, inn in shapes)
+        wrong = {
+            "heads-not-grouped": as_if(h, e),
+            "head-dim-ignored": as_if(k, d // h),
+            "all-square": layers * r * 2 * d * len(targets),
+            "one-block": right // layers,
+            "a-alone": sum(r * inn for _, inn in shapes),
+            "b-alone": sum(r * out for out, _ in shapes),
+            "full-matrices": sum(out * inn for out, inn in shapes),
+        }
+        numbers, size = expect.parts(answer(config, list(targets), r, bits, crash=optional), "the result", 2)
+        case = f"for r = {r}, {', '.join(targets)}, {config}"
+        _number(numbers, right, f"the numbers, {case}", wrong.items())
+        wrong = [("bits-for-bytes", right * bits), ("dtype-ignored", 2 * right), ("dtype-ignored", 4 * right)]
+        _number(size, right * bits // 8, f"the bytes, in {bits} bits, {case}", wrong)
+    for targets in (["q_proj", "query"], ["lm_head"], []):
+        what = "a name that fits no matrix of a block" if targets else "no name at all"
+        answer.raises(ValueError, config, targets, 8, 16, what=what, mistake="unknown-target")
+
+
+def _kept(config: dict, rows: int, length: int, rank: int, itemsize: int, targets: Iterable[str]) -> int:
+    """What autograd itself says: bytes kept in transformers' model with three blocks, less those with two."""
+    from qlora_edu.memory.activations import Work
+    from qlora_edu.memory.trace import kept_on_meta
+
+    work = Work(rows, length, itemsize, rank=rank, targets=frozenset(targets))
+    models = (config | {"model_type": "llama", "num_hidden_layers": layers} for layers in (2, 3))
+    two, three = (sum(kept_on_meta(model, work).values()) for model in models)
+    return three - two
+
+
+def _what_mistakes_add(
+    config: dict, rows: int, length: int, rank: int, itemsize: int, targets: tuple[str, ...]
+) -> dict[str, list[int]]:
+    """Bytes that known mistakes of `kept` add, by name; several where it can be made in several ways."""
+    d, f, _, h, k, e, _ = _letters(config)
+    tokens, one = rows * length, rows * length * itemsize
+    readers = {SEVEN[:3]: one * d, SEVEN[3:4]: one * h * e, SEVEN[4:6]: one * d, SEVEN[6:]: one * f}
+    trained = [(sum(name in targets for name in names), size) for names, size in readers.items()]
+    frozen = [size for count, size in trained if not count]
+    again = [(count - 1) * size for count, size in trained if count > 1 and targets == SEVEN]
+    heads = one * h * e * sum(name not in targets for name in SEVEN[:3])
+    wide = one * f * sum(name not in targets for name in SEVEN[4:6])
+    return {
+        "tokens-squared": [(4 if itemsize == 4 else 6) * h * tokens * (tokens - length)],
+        "norm-narrow": [2 * (itemsize - 4) * tokens * width for width in (d, d + 1)],
+        "root-missing": [-2 * 4 * tokens],
+        "frozen-inputs": [sum(frozen), *frozen],
+        "inputs-repeated": [sum(again), *again],
+        "softmax-copies": [(4 if itemsize == 4 else -2) * tokens * h * length],
+        "heads-not-repeated": [2 * one * (k - h) * e],
+        "low-rank": [one * rank * (count - len(targets)) for count in (0, 1, 7)],
+        "factors-missing": [-heads - wide, -heads, -wide, -one * f],
+    }
+
+
+@exercise("01-kept")
+def kept(answer: Answer, draw: Draw) -> None:
+    """`f(config, rows, length, rank, itemsize, targets)`: bytes that a block with LoRA keeps for its backward pass."""
+    some = tuple(SEVEN[i] for i in draw.permutation(7)[: draw.whole(2, 5)].tolist())
+    for rows, length, itemsize, targets in (
+        (1, draw.whole(5, 9), 4, SEVEN),
+        (3, draw.whole(5, 9), 4, SEVEN),
+        (1, draw.whole(5, 9), 2, SEVEN),
+        (1, draw.whole(5, 9), 4, ("q_proj", "v_proj")),
+        (2, draw.whole(5, 9), 2, ("down_proj", "o_proj")),
+        (4, draw.whole(2, 4), 2, ("up_proj",)),
+        (3, 1, 4, ("k_proj", "gate_proj")),
+        (draw.whole(2, 4), draw.whole(3, 9), 2, some),
+    ):
+        for _ in range(50):  # until no two mistakes add the same
+            config, rank = _config(draw, 3, draw.choice([0, -2, 4])), draw.whole(2, 13)
+            off = _what_mistakes_add(config, rows, length, rank, itemsize, targets)
+            added = [number for numbers in off.values() for number in {*numbers} - {0}]
+            if len(added) == len({*added}):
+                break
+        right = _kept(config, rows, length, rank, itemsize, targets)
+        got = answer(config, rows, length, rank, itemsize, list(targets))
+        case = f"{rows} × {length} tokens, r = {rank}, {itemsize} bytes, {', '.join(targets)}, {config}"
+        _count(got, right, f"the bytes kept, for {case}", [(m, n) for m, ns in off.items() for n in ns])
+
+
+@exercise("01-fits")
+def fits(answer: Answer, draw: Draw) -> None:
+    """`f(card, reserve, base_bits, share, trained_bits, state_bits)`: the most base weights whose training fits."""
+    done = 0
+    while done < 6:
+        share = [0, draw.number(0.01, 0.03), draw.number(0.002, 0.09)][done % 3]
+        base_bits = [16, 16, 4.127][done % 3]
+        card, reserve = draw.choice([8, 16, 24, 40, 48, 80]), 0 if done in (1, 5) else draw.number(0.5, 6)
+        trained_bits, state_bits = [(32, 8), (16, 32)][done % 2]
+        t, states = Fraction(share or 1), Fraction(2 * state_bits, 8)
+        weight, gradient, spare = Fraction(base_bits) / 8, Fraction(trained_bits, 8), Fraction(reserve)
+        own = gradient if share else 0  # the adapter's own numbers
+        budget, each = card * GIB - spare * GB, weight + t * (own + gradient + states)
+        if not 0.6 < budget / each % 1 < 0.95:  # rounding up must show, and no rounding of float64 may
+            continue
+        done += 1
+        wrong = {
+            "gb-for-gib": (card - spare) * GB / each,
+            "reserve-in-gib": (card - spare) * GIB / each,
+            "reserve-ignored": card * GIB / each,
+            "adapter-itself-missing": budget / (weight + t * (gradient + states)),
+            "base-twice": budget / (weight + t * (2 * gradient + states)),
+            "nothing-trained": budget / weight,
+            "frozen-trained": budget / (weight + gradient + states),
+            "states-once": budget / (weight + t * (own + gradient + states / 2)),
+            "bits-for-bytes": budget / each / 8,
+        }
+        right = int(budget / each)
+        arguments = (card, reserve, base_bits, share, trained_bits, state_bits)
+        got = answer(*arguments)
+        named = [("not-whole", got)] if isinstance(got, float) and got % 1 else [("rounded-up", right + 1)]
+        named += [(m, int(quotient) + up) for m, quotient in wrong.items() for up in (0, 1)]
+        _number(got, right, f"the most weights, for {arguments}", named)
+    got = answer(1, 3.5, 16, 0, 16, 32)
+    below = [("negative", got)] if isinstance(got, int | float) and got < 0 else []
+    _number(got, 0, "the most weights, if the reserve is larger than the card", below)
+
+
+def _chain(draw: Draw) -> tuple[list[int], list[int]]:
+    """MB of the inputs of blocks and of what they keep, in four stages of different width."""
+    inputs, kept = [], []
+    for _ in range(4):
+        width = draw.whole(20, 90)
+        for _ in range(draw.whole(6, 11)):
+            inputs.append(width + draw.whole(0, 9))
+            kept.append(width * draw.whole(3, 9) + draw.whole(0, 99))
+    return inputs, kept
+
+
+def _peak(inputs: list[int], kept: list[int], plan: list[int]) -> int:
+    """What lives at the fullest moment: the inputs of this segment and those before it, and all that this one keeps."""
+    ends = [*plan[1:], len(kept)]
+    stored = accumulate(inputs[first] for first in plan)
+    return max(s + sum(kept[first:end]) for s, first, end in zip(stored, plan, ends, strict=True))
+
+
+def _least(inputs: list[int], kept: list[int]) -> int:
+    """The least peak there is: of all plans within a limit up to some block, the one that stores least goes on best."""
+    sums = [0, *accumulate(kept)]
+
+    def possible(limit: int) -> bool:
+        stored = [0.0]  # by block: the least that is stored before it, infinite where the limit leaves no way
+        for end in range(1, len(sums)):
+            ways = ((stored[j] + inputs[j], sums[end] - sums[j]) for j in range(end))
+            stored.append(min((s for s, now in ways if s + now <= limit), default=float("inf")))
+        return stored[-1] < float("inf")
+
+    low, high = 0, inputs[0] + sums[-1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if possible(middle) else (middle, high)
+    return high
+
+
+@exercise("01-cuts")
+def cuts(answer: Answer, draw: Draw) -> Score:
+    """`f(inputs, kept)`: the first block of each segment, so that the fullest moment is as small as can be."""
+    for inputs, kept in (([7], [30]), _chain(draw), _chain(Draw(1))):  # the last is the scoreboard's
+        blocks, plan = len(kept), answer(inputs, kept)
+        plan = plan.tolist() if isinstance(plan, Tensor) else plan
+        whole = isinstance(plan, list | tuple) and all(type(first) is int for first in plan)
+        expect.true(whole, "a list of whole numbers", "wrong-type", "a list", plan)
+        plan, what = list(plan), f"the first blocks of the segments, of {blocks} blocks"
+        expect.true(not (plan and plan[0] and sum(plan) == blocks), what, "lengths", "0, ...", plan)
+        right = plan[:1] == [0] and plan == sorted(set(plan)) and plan[-1] < blocks
+        expect.true(right, what, "no-segments", "0, then ascending", plan)
+        least, peak = _least(inputs, kept), _peak(inputs, kept, plan)
+        count, length = len(plan), [*plan, blocks][1]
+        equal = [list(range(0, blocks, length)), [i * blocks // count for i in range(count)]]
+        equal += [[i * (blocks // count) + min(i, blocks % count) for i in range(count)]]
+        looks_like = "equal-segments" if plan in equal else "one-moment"
+        mistake = {1: "keep-all", blocks: "every-block"}.get(count, looks_like)
+        what = f"MB at the fullest moment, for {blocks} blocks"
+        expect.true(10 * peak <= 11 * least, what, mistake, f"at most {1.1 * least:.1f}", peak)
+    equal = (list(range(0, blocks, length)) for length in range(1, blocks + 1))
+    rivals = {
+        "all in one segment": _peak(inputs, kept, [0]),
+        "a segment for every block": _peak(inputs, kept, list(range(blocks))),
+        "the best equal length": min(_peak(inputs, kept, plan) for plan in equal),
+        "the least there is": least,
+    }
+    return Score(peak, "MB at the fullest moment", rivals)

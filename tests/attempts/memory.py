@@ -1,0 +1,746 @@
+"""Attempts at the exercises of chapter 01."""
+
+import itertools
+import math
+
+import numpy as np
+import torch
+
+from tests.attempts import right, wrong
+
+# 01-training-bytes
+
+
+@right("01-training-bytes")
+def part_by_part(base, adapter, base_bits, trained_bits, state_bits, master):
+    gb = {"weights": base * base_bits / 8e9, "adapter": adapter * trained_bits / 8e9}
+    count = base if adapter == 0 else adapter
+    gb["gradients"] = count * trained_bits / 8e9
+    gb["optimizer"] = 2 * count * state_bits / 8e9
+    if master:
+        gb["optimizer"] += 4e-9 * count
+    return gb | {"sum": math.fsum(gb.values())}
+
+
+@right("01-training-bytes")
+def in_numpy_bits(base, adapter, base_bits, trained_bits, state_bits, master):
+    trained = adapter if adapter > 0 else base
+    numbers = np.array([base, adapter, trained, trained], dtype=np.float64)
+    bits = np.array([base_bits, trained_bits, trained_bits, 2 * state_bits + (32 if master else 0)])
+    sizes = numbers * bits / 8 / 1e9
+    return dict(zip(("weights", "adapter", "gradients", "optimizer"), sizes, strict=True)) | {
+        "sum": sizes.sum()
+    }
+
+
+def _training(change):
+    """A right answer whose bytes, by part, and settings one thing is done to."""
+
+    def answer(base, adapter, base_bits, trained_bits, state_bits, master):
+        trained = adapter or base
+        sizes = {
+            "weights": base * base_bits / 8,
+            "adapter": adapter * trained_bits / 8,
+            "gradients": trained * trained_bits / 8,
+            "optimizer": trained * (2 * state_bits / 8 + 4 * master),
+        }
+        settings = {"base": base, "adapter": adapter, "trained": trained, "bits": base_bits, "master": master}
+        settings |= {"gradient": trained_bits / 8, "state": state_bits / 8}
+        sizes |= change(sizes, settings) or {}
+        sizes = {part: size / 1e9 for part, size in sizes.items()}
+        return {"sum": sum(sizes.values())} | sizes
+
+    return answer
+
+
+@wrong("01-training-bytes", "bits-for-bytes")
+def in_bits(base, adapter, base_bits, trained_bits, state_bits, master):
+    trained = adapter or base
+    sizes = [base * base_bits, adapter * trained_bits, trained * trained_bits, trained * 2 * state_bits]
+    sizes = [size / 1e9 for size in sizes]
+    return dict(
+        zip(("weights", "adapter", "gradients", "optimizer", "sum"), [*sizes, sum(sizes)], strict=True)
+    )
+
+
+@wrong("01-training-bytes", "gib")
+def in_gib(base, adapter, base_bits, trained_bits, state_bits, master):
+    trained = adapter or base
+    sizes = [
+        base * base_bits / 8,
+        adapter * trained_bits / 8,
+        trained * trained_bits / 8,
+        trained * (state_bits / 4 + 4 * master),
+    ]
+    sizes = [size / 1024**3 for size in sizes]
+    return dict(
+        zip(("weights", "adapter", "gradients", "optimizer", "sum"), [*sizes, sum(sizes)], strict=True)
+    )
+
+
+@wrong("01-training-bytes", "not-in-gb")
+def in_bytes(base, adapter, base_bits, trained_bits, state_bits, master):
+    trained = adapter or base
+    weights, low, gradients = base * base_bits / 8, adapter * trained_bits / 8, trained * trained_bits / 8
+    states = trained * (state_bits / 4 + 4 * master)
+    everything = weights + low + gradients + states
+    return {
+        "weights": weights,
+        "adapter": low,
+        "gradients": gradients,
+        "optimizer": states,
+        "sum": everything,
+    }
+
+
+wrong("01-training-bytes", "nothing-trained")(
+    _training(
+        lambda sizes, s: {
+            "gradients": s["adapter"] * s["gradient"],
+            "optimizer": s["adapter"] * 2 * s["state"],
+        }
+    )
+)
+wrong("01-training-bytes", "gradients-of-frozen")(
+    _training(lambda sizes, s: {"gradients": (s["base"] + s["adapter"]) * s["gradient"]})
+)
+wrong("01-training-bytes", "gradients-of-frozen")(
+    _training(lambda sizes, s: {"gradients": s["base"] * s["gradient"]})
+)
+wrong("01-training-bytes", "gradients-as-wide-as-the-base")(
+    _training(lambda sizes, s: {"gradients": s["trained"] * s["bits"] / 8})
+)
+wrong("01-training-bytes", "states-of-frozen")(
+    _training(lambda sizes, s: {"optimizer": s["base"] * (2 * s["state"] + 4 * s["master"])})
+)
+wrong("01-training-bytes", "states-once")(
+    _training(lambda sizes, s: {"optimizer": s["trained"] * (s["state"] + 4 * s["master"])})
+)
+wrong("01-training-bytes", "states-once")(
+    _training(lambda sizes, s: {"optimizer": s["trained"] * s["state"]})
+)
+wrong("01-training-bytes", "master-missing")(
+    _training(lambda sizes, s: {"optimizer": s["trained"] * 2 * s["state"]})
+)
+wrong("01-training-bytes", "master-of-frozen")(
+    _training(lambda sizes, s: {"optimizer": s["trained"] * 2 * s["state"] + s["base"] * 4 * s["master"]})
+)
+wrong("01-training-bytes", "sum")(_training(lambda sizes, s: {"sum": sum(sizes.values()) - sizes["adapter"]}))
+wrong("01-training-bytes", "sum")(
+    _training(lambda sizes, s: {"sum": sum(sizes.values()) + 4 * s["master"] * s["trained"]})
+)
+
+
+@wrong("01-training-bytes", "wrong-type")
+def only_the_sum(base, adapter, base_bits, trained_bits, state_bits, master):
+    return (base * base_bits / 8 + (adapter or base) * (2 * trained_bits + 2 * state_bits) / 8) / 1e9
+
+
+# 01-parameters
+
+
+@right("01-parameters")
+def tensor_by_tensor(config):
+    d, f, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    groups = config.get("num_key_value_heads")
+    groups = heads if groups is None else groups
+    e = config.get("head_dim")
+    if e is None:
+        e = d // heads
+    shapes = [(config["vocab_size"], d), (d,)]
+    if not config.get("tie_word_embeddings", False):
+        shapes.append((config["vocab_size"], d))
+    for _ in range(config["num_hidden_layers"]):
+        shapes += [(heads * e, d), (groups * e, d), (groups * e, d), (d, heads * e)]
+        shapes += [(f, d), (f, d), (d, f), (d,), (d,)]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+@right("01-parameters")
+def with_meta_tensors(config):
+    """Modules of torch's own, on the meta device."""
+    h, d = config["num_attention_heads"], config["hidden_size"]
+    e, k = config.get("head_dim") or d // h, config.get("num_key_value_heads") or h
+    sizes = [(d, h * e), (d, k * e), (d, k * e), (h * e, d)] + [(d, config["intermediate_size"])] * 2
+    sizes.append((config["intermediate_size"], d))
+    with torch.device("meta"):
+        block = torch.nn.ModuleList([torch.nn.Linear(*s, bias=False) for s in sizes])
+        block.extend([torch.nn.RMSNorm(d), torch.nn.RMSNorm(d)])
+        ends = torch.nn.ModuleList([torch.nn.Embedding(config["vocab_size"], d), torch.nn.RMSNorm(d)])
+        if not config.get("tie_word_embeddings"):
+            ends.append(torch.nn.Linear(d, config["vocab_size"], bias=False))
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    return count(block) * config["num_hidden_layers"] + count(ends)
+
+
+@right("01-parameters")
+def one_line_in_float(config):
+    d, f, h = (float(config[key]) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    e = config.get("head_dim") or d / h
+    k = config.get("num_key_value_heads") or h
+    ends = 1 if config.get("tie_word_embeddings") else 2
+    block = 2 * d * (h + k) * e + 3 * d * f + 2 * d
+    return d * (1 + ends * config["vocab_size"]) + config["num_hidden_layers"] * block
+
+
+def _parameters(
+    config,
+    norms=2,
+    last=1,
+    matrices=3,
+    grouped=True,
+    own_size=True,
+    tied=None,
+    own_in_keys=True,
+    square=False,
+):
+    d, f, h = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    k = (config.get("num_key_value_heads") or h) if grouped else h
+    e = (config.get("head_dim") or d // h) if own_size else d // h
+    e_keys = e if own_in_keys else d // h
+    tied = config.get("tie_word_embeddings", False) if tied is None else tied
+    attention = 4 * d * d if square else 2 * d * h * e + 2 * d * k * e_keys
+    block = attention + matrices * d * f + norms * d
+    return config["num_hidden_layers"] * block + last * d + (1 if tied else 2) * config["vocab_size"] * d
+
+
+for _mistake, _changes in (
+    ("tied-twice", {"tied": False}),
+    ("output-missing", {"tied": True}),
+    ("norms-missing", {"norms": 0}),
+    ("norms-missing", {"norms": 1}),
+    ("norms-missing", {"norms": 0, "last": 0}),
+    ("last-norm-missing", {"last": 0}),
+    ("heads-not-grouped", {"grouped": False}),
+    ("heads-not-grouped", {"square": True}),
+    ("third-matrix-missing", {"matrices": 2}),
+    ("head-dim-ignored", {"own_size": False}),
+    ("head-dim-ignored", {"own_in_keys": False}),
+):
+    _answer = lambda config, changes=_changes: _parameters(config, **changes)  # noqa: E731
+    _answer.__name__ = f"{_mistake}: {_changes}"
+    wrong("01-parameters", _mistake)(_answer)
+
+
+@wrong("01-parameters", "heads-not-grouped")
+def as_in_the_chapter(config):
+    """The chapter's own formula, for models without grouping."""
+    d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    block = 4 * d * d + 3 * d * f + 2 * d
+    return config["num_hidden_layers"] * block + 2 * v * d + d
+
+
+@wrong("01-parameters", "optional-settings")
+def all_settings_needed(config):
+    d, h, k = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
+    block = 2 * d * config["head_dim"] * (h + k) + 3 * d * config["intermediate_size"] + 2 * d
+    ends = 2 - config["tie_word_embeddings"]
+    return config["num_hidden_layers"] * block + d + ends * config["vocab_size"] * d
+
+
+@wrong("01-parameters", "optional-settings")
+def default_not_for_none(config):
+    d, h = config["hidden_size"], config["num_attention_heads"]
+    k, e = config.get("num_key_value_heads", h), config.get("head_dim", d // h)
+    block = 2 * d * e * (h + k) + 3 * d * config["intermediate_size"] + 2 * d
+    ends = 1 if config.get("tie_word_embeddings", False) else 2
+    return config["num_hidden_layers"] * block + d + ends * config["vocab_size"] * d
+
+
+# 01-adapter
+
+
+def _two_sides(config):
+    """(in, out) of each matrix of a block."""
+    d, f, h = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    e, k = config.get("head_dim") or d // h, config.get("num_key_value_heads") or h
+    q, kv = h * e, k * e
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return dict(zip(names, [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)], strict=True))
+
+
+@right("01-adapter")
+def by_a_table(config, targets, r, bits):
+    sides = _two_sides(config)
+    if not targets or any(name not in sides for name in targets):
+        raise ValueError(f"no matrix for {targets}")
+    numbers = sum(r * sum(sides[name]) for name in targets) * config["num_hidden_layers"]
+    return numbers, numbers * bits // 8
+
+
+@right("01-adapter")
+def with_real_matrices(config, targets, r, bits):
+    numbers = 0
+    for _ in range(config["num_hidden_layers"]):
+        found = 0
+        for name, (n_in, n_out) in _two_sides(config).items():
+            if name in targets:
+                found += 1
+                a, b = np.zeros((r, n_in), dtype=np.int8), np.zeros((n_out, r), dtype=np.int8)
+                numbers += a.size + b.size
+        if found == 0 or found < len(targets):
+            raise ValueError("a target is missing")
+    return [numbers, numbers * (bits / 8)]
+
+
+def _adapter(side, blocks=True, size=lambda numbers, bits: numbers * bits // 8):
+    def answer(config, targets, r, bits):
+        sides = _two_sides(config)
+        if not targets or set(targets) - set(sides):
+            raise ValueError("a name that fits no matrix")
+        numbers = sum(side(r, *sides[name]) for name in targets)
+        numbers *= config["num_hidden_layers"] if blocks else 1
+        return numbers, size(numbers, bits)
+
+    return answer
+
+
+wrong("01-adapter", "one-block")(_adapter(lambda r, n_in, n_out: r * (n_in + n_out), blocks=False))
+wrong("01-adapter", "a-alone")(_adapter(lambda r, n_in, n_out: r * n_in))
+wrong("01-adapter", "b-alone")(_adapter(lambda r, n_in, n_out: r * n_out))
+wrong("01-adapter", "full-matrices")(_adapter(lambda r, n_in, n_out: n_in * n_out))
+wrong("01-adapter", "bits-for-bytes")(
+    _adapter(lambda r, n_in, n_out: r * (n_in + n_out), size=lambda numbers, bits: numbers * bits)
+)
+wrong("01-adapter", "dtype-ignored")(
+    _adapter(lambda r, n_in, n_out: r * (n_in + n_out), size=lambda numbers, bits: 2 * numbers)
+)
+wrong("01-adapter", "dtype-ignored")(
+    _adapter(lambda r, n_in, n_out: r * (n_in + n_out), size=lambda numbers, bits: 4 * numbers)
+)
+
+
+@wrong("01-adapter", "all-square")
+def square_matrices(config, targets, r, bits):
+    if not targets or not all(t.endswith("_proj") for t in targets):
+        raise ValueError("unknown")
+    numbers = config["num_hidden_layers"] * len(targets) * 2 * r * config["hidden_size"]
+    return numbers, numbers * bits // 8
+
+
+@wrong("01-adapter", "heads-not-grouped")
+def as_many_keys_as_queries(config, targets, r, bits):
+    return by_a_table(config | {"num_key_value_heads": config["num_attention_heads"]}, targets, r, bits)
+
+
+@wrong("01-adapter", "head-dim-ignored")
+def heads_divide_the_width(config, targets, r, bits):
+    return by_a_table(config | {"head_dim": None}, targets, r, bits)
+
+
+@wrong("01-adapter", "unknown-target")
+def silent(config, targets, r, bits):
+    sides = _two_sides(config)
+    numbers = config["num_hidden_layers"] * sum(r * sum(sides.get(name, (0, 0))) for name in targets)
+    return numbers, numbers * bits // 8
+
+
+@wrong("01-adapter", "unknown-target")
+def a_key_error(config, targets, r, bits):
+    sides = _two_sides(config)
+    numbers = config["num_hidden_layers"] * sum(r * sum(sides[name]) for name in targets)
+    return numbers, numbers * bits // 8
+
+
+@wrong("01-adapter", "unknown-target")
+def empty_is_fine(config, targets, r, bits):
+    sides = _two_sides(config)
+    if unknown := set(targets) - set(sides):
+        raise ValueError(f"unknown: {unknown}")
+    numbers = config["num_hidden_layers"] * sum(r * sum(sides[name]) for name in targets)
+    return numbers, numbers * bits // 8
+
+
+@wrong("01-adapter", "optional-settings")
+def all_settings_there(config, targets, r, bits):
+    d, h, k, e = (
+        config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    return by_a_table({**config, "head_dim": e + 0 * k, "hidden_size": d + 0 * h}, targets, r, bits)
+
+
+# 01-kept
+
+
+@right("01-kept")
+def tensor_after_tensor(config, rows, length, rank, itemsize, targets):
+    d, f, h = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    n, wide = rows * length, h * config["head_dim"]
+    kept = [4 * n * d, 4 * n] * 2
+    kept += [itemsize * n * wide] * 3
+    kept += [itemsize * n * f] * 3
+    kept.append(4 * rows * h * length * length)
+    if itemsize < 4:
+        kept.append(itemsize * rows * h * length * length)
+    if {"q_proj", "k_proj", "v_proj"} & set(targets):
+        kept.append(itemsize * n * d)
+    if "o_proj" in targets:
+        kept.append(itemsize * n * wide)
+    if "gate_proj" in targets or "up_proj" in targets:
+        kept.append(itemsize * n * d)
+    if "down_proj" in targets:
+        kept.append(itemsize * n * f)
+    kept += [itemsize * n * rank for _ in targets]
+    return sum(kept)
+
+
+@right("01-kept")
+def numbers_for_each_token(config, rows, length, rank, itemsize, targets):
+    d, f = config["hidden_size"], config["intermediate_size"]
+    wide = config["head_dim"] * config["num_attention_heads"]
+    narrow = 3 * wide + 3 * f + rank * len(targets)
+    narrow += d * any(name[0] in "qkv" for name in targets) + d * any(name[0] in "gu" for name in targets)
+    narrow += wide * ("o_proj" in targets) + f * ("down_proj" in targets)
+    square = config["num_attention_heads"] * length * (4 if itemsize == 4 else 4 + itemsize)
+    return rows * length * (itemsize * narrow + 8 * (d + 1) + square)
+
+
+def _kept(change=lambda n, s, parts, config, targets: None):
+    def answer(config, rows, length, rank, itemsize, targets):
+        d, f, h = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+        n, s, wide = rows * length, itemsize, h * config["head_dim"]
+        parts = {
+            "norms": 2 * 4 * n * d,
+            "roots": 2 * 4 * n,
+            "input of q, k, v": s * n * d * (not {"q_proj", "k_proj", "v_proj"}.isdisjoint(targets)),
+            "q, k, v": 3 * s * n * wide,
+            "softmax": (4 + s * (s == 2)) * n * h * length,
+            "input of o": s * n * wide * ("o_proj" in targets),
+            "input of gate, up": s * n * d * (not {"gate_proj", "up_proj"}.isdisjoint(targets)),
+            "gate, up": 3 * s * n * f,
+            "input of down": s * n * f * ("down_proj" in targets),
+            "low rank": s * n * rank * len(targets),
+        }
+        change(n, s, parts, config, targets)
+        return sum(parts.values())
+
+    answer.__name__ = change.__name__.strip("_")
+    return answer
+
+
+@wrong("01-kept", "tokens-squared")
+def the_buggy_version(config, rows, length, rank, itemsize, targets):
+    d, f, h = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    n, s, wide = rows * length, itemsize, h * config["head_dim"]
+    norms = 2 * (s * n * d + 4 * n)
+    inputs = s * n * d + s * n * wide + s * n * d + s * n * f
+    softmax = (4 if s == 4 else 4 + s) * n * h * n
+    return norms + inputs + 3 * s * n * wide + softmax + 3 * s * n * f + len(targets) * s * n * rank
+
+
+@wrong("01-kept", "tokens-squared")
+def all_tokens_see_each_other(config, rows, length, rank, itemsize, targets):
+    right_one = tensor_after_tensor(config, rows, length, rank, itemsize, targets)
+    square = config["num_attention_heads"] * (4 if itemsize == 4 else 6)
+    return right_one + square * ((rows * length) ** 2 - rows * length**2)
+
+
+def _change(mistake):
+    return lambda change: wrong("01-kept", mistake)(_kept(change))
+
+
+@_change("norm-narrow")
+def _norm_in_16_bits(n, s, parts, config, targets):
+    parts["norms"] = 2 * s * n * config["hidden_size"]
+
+
+@_change("norm-narrow")
+def _norm_and_root_in_16_bits(n, s, parts, config, targets):
+    parts["norms"] = 2 * s * n * (config["hidden_size"] + 1)
+    parts["roots"] = 0
+
+
+@_change("root-missing")
+def _no_roots(n, s, parts, config, targets):
+    parts["roots"] = 0
+
+
+@_change("frozen-inputs")
+def _inputs_always(n, s, parts, config, targets):
+    d, f = config["hidden_size"], config["intermediate_size"]
+    parts["input of q, k, v"] = parts["input of gate, up"] = s * n * d
+    parts["input of o"] = s * n * config["num_attention_heads"] * config["head_dim"]
+    parts["input of down"] = s * n * f
+
+
+@_change("frozen-inputs")
+def _input_of_down_always(n, s, parts, config, targets):
+    parts["input of down"] = s * n * config["intermediate_size"]
+
+
+@_change("inputs-repeated")
+def _input_for_each_reader(n, s, parts, config, targets):
+    parts["input of q, k, v"] *= len({"q_proj", "k_proj", "v_proj"} & set(targets))
+    parts["input of gate, up"] *= len({"gate_proj", "up_proj"} & set(targets))
+
+
+@_change("inputs-repeated")
+def _only_gate_and_up_repeated(n, s, parts, config, targets):
+    parts["input of gate, up"] *= len({"gate_proj", "up_proj"} & set(targets))
+
+
+@_change("heads-not-repeated")
+def _keys_as_stored(n, s, parts, config, targets):
+    heads = config["num_attention_heads"] + 2 * config["num_key_value_heads"]
+    parts["q, k, v"] = s * n * heads * config["head_dim"]
+
+
+@_change("low-rank")
+def _no_low_rank(n, s, parts, config, targets):
+    parts["low rank"] = 0
+
+
+@_change("low-rank")
+def _low_rank_for_seven(n, s, parts, config, targets):
+    parts["low rank"] = 7 * parts["low rank"] // len(targets)
+
+
+@_change("low-rank")
+def _low_rank_once(n, s, parts, config, targets):
+    parts["low rank"] //= len(targets)
+
+
+@_change("factors-missing")
+def _frozen_keeps_nothing(n, s, parts, config, targets):
+    d_heads = config["num_attention_heads"] * config["head_dim"]
+    parts["q, k, v"] = s * n * d_heads * sum(name[0] in "qkv" for name in targets)
+    parts["gate, up"] -= s * n * config["intermediate_size"] * (2 - sum(t[0] in "gu" for t in targets))
+
+
+@_change("factors-missing")
+def _silu_is_forgotten(n, s, parts, config, targets):
+    parts["gate, up"] = 2 * s * n * config["intermediate_size"]
+
+
+@wrong("01-kept", "softmax-copies")
+def softmax_twice_in_any_dtype(config, rows, length, rank, itemsize, targets):
+    added = 4 * rows * length**2 * config["num_attention_heads"] if itemsize == 4 else 0
+    return added + numbers_for_each_token(config, rows, length, rank, itemsize, targets)
+
+
+@wrong("01-kept", "softmax-copies")
+def softmax_in_float32_alone(config, rows, length, rank, itemsize, targets):
+    left_out = 2 * rows * length**2 * config["num_attention_heads"] if itemsize == 2 else 0
+    return numbers_for_each_token(config, rows, length, rank, itemsize, targets) - left_out
+
+
+# 01-fits
+
+
+@right("01-fits")
+def by_halving(card, reserve, base_bits, share, trained_bits, state_bits):
+    def needed(weights):
+        trained = weights if share == 0 else share * weights
+        total = weights * base_bits / 8 + trained * (trained_bits + 2 * state_bits) / 8
+        return total + (0 if share == 0 else trained * trained_bits / 8)
+
+    low, high = 0, card * 2**34
+    while high - low > 1:
+        middle = (low + high) // 2
+        if needed(middle) <= card * 2**30 - reserve * 1e9:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@right("01-fits")
+def bits_in_numpy(card, reserve, base_bits, share, trained_bits, state_bits):
+    bits = np.dot([1, 1, 2], [base_bits, trained_bits, state_bits])
+    if share:
+        bits = base_bits + np.float64(share) * (2 * trained_bits + 2 * state_bits)
+    return max(0, int(np.floor((card * 1024**3 - reserve * 10**9) * 8 / bits)))
+
+
+def _fits(
+    card, reserve, base_bits, share, trained_bits, state_bits, *, card_unit=2**30, reserve_unit=1e9,
+    base_as_well=False, own=True, states=2, bits=8, least=0, up=0, of_all=False, full=True,
+):  # fmt: skip
+    trained = (share if not of_all else 1) or (1 if full else 0)
+    each = base_bits / bits + trained * (trained_bits + states * state_bits) / bits
+    if own and (share or base_as_well):
+        each += (share or 1) * trained_bits / bits
+    room = card * card_unit - reserve * reserve_unit
+    return max(math.floor(room / each) + up, least)
+
+
+for _mistake, _changes in (
+    ("gb-for-gib", {"card_unit": 1e9}),
+    ("reserve-in-gib", {"reserve_unit": 2**30}),
+    ("reserve-ignored", {"reserve_unit": 0}),
+    ("rounded-up", {"up": 1}),
+    ("adapter-itself-missing", {"own": False}),
+    ("base-twice", {"base_as_well": True}),
+    ("nothing-trained", {"full": False}),
+    ("states-once", {"states": 1}),
+    ("bits-for-bytes", {"bits": 1}),
+    ("negative", {"least": -math.inf}),
+):
+    _answer = lambda *arguments, changes=_changes: _fits(*arguments, **changes)  # noqa: E731
+    _answer.__name__ = f"{_mistake}: {_changes}"
+    wrong("01-fits", _mistake)(_answer)
+
+
+@wrong("01-fits", "frozen-trained")
+def everything_is_trained(card, reserve, base_bits, share, trained_bits, state_bits):
+    return int((card * 2**30 - reserve * 1e9) * 8 // (base_bits + trained_bits + 2 * state_bits))
+
+
+@wrong("01-fits", "not-whole")
+def a_fraction(card, reserve, base_bits, share, trained_bits, state_bits):
+    each = base_bits / 8 + (share or 1) * (trained_bits + 2 * state_bits) / 8 + share * trained_bits / 8
+    return max(0.0, (card * 2**30 - reserve * 1e9) / each)
+
+
+@wrong("01-fits", "rounded-up")
+def to_the_nearest(card, reserve, base_bits, share, trained_bits, state_bits):
+    return max(0, round(a_fraction(card, reserve, base_bits, share, trained_bits, state_bits)))
+
+
+# 01-cuts
+
+
+def _fullest(inputs, kept, plan):
+    stored, most = 0, 0
+    for i, first in enumerate(plan):
+        stored += inputs[first]
+        end = plan[i + 1] if i + 1 < len(plan) else len(kept)
+        most = max(most, stored + sum(kept[first:end]))
+    return most
+
+
+@right("01-cuts")
+def as_long_as_a_limit_allows(inputs, kept):
+    """The longest segment that a limit allows, again and again; the least limit for which that works."""
+
+    def plan(limit):
+        first, stored, now = [0], inputs[0], 0
+        for i, size in enumerate(kept):
+            if now and stored + now + size > limit:
+                first.append(i)
+                stored, now = stored + inputs[i], 0
+            if stored + now + size > limit:
+                return None
+            now += size
+        return first
+
+    low, high = 0, inputs[0] + sum(kept)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if plan(middle) else (middle, high)
+    return plan(high)
+
+
+@right("01-cuts")
+def all_best_trade_offs(inputs, kept):
+    """For each block: the plans before it that no other beats in both what they store and their peak."""
+    best = [{0: (0, ())}]
+    for end in range(1, len(kept) + 1):
+        found = {}
+        for first in range(end):
+            now = sum(kept[first:end])
+            for stored, (peak, plan) in best[first].items():
+                stored = stored + inputs[first]
+                peak = max(peak, stored + now)
+                if stored not in found or peak < found[stored][0]:
+                    found[stored] = (peak, (*plan, first))
+        front, least = {}, math.inf
+        for stored in sorted(found):
+            if found[stored][0] < least:
+                least = found[stored][0]
+                front[stored] = found[stored]
+        best.append(front)
+    return torch.tensor(min(best[-1].values())[1])
+
+
+@right("01-cuts")
+def moved_by_hand(inputs, kept):
+    """From many beginnings, moves, drops and adds a cut as long as that helps."""
+
+    def better(plan):
+        while True:
+            cuts = set(plan[1:])
+            tries = [cuts ^ {i} for i in range(1, len(kept))]
+            tries += [cuts - {i} | {j} for i in cuts for j in (i - 1, i + 1) if 0 < j < len(kept)]
+            tries = [[0, *sorted(c)] for c in tries] or [plan]
+            found = min(tries, key=lambda p: _fullest(inputs, kept, p))
+            if _fullest(inputs, kept, found) >= _fullest(inputs, kept, plan):
+                return plan
+            plan = found
+
+    begin = as_long_as_a_limit_allows(inputs, kept)
+    return tuple(better(begin))
+
+
+@wrong("01-cuts", "keep-all")
+def no_checkpointing(inputs, kept):
+    return [0]
+
+
+@wrong("01-cuts", "every-block")
+def as_transformers_does(inputs, kept):
+    return list(range(len(kept)))
+
+
+@wrong("01-cuts", "equal-segments")
+def root_of_the_blocks(inputs, kept):
+    return list(range(0, len(kept), math.isqrt(len(kept))))
+
+
+@wrong("01-cuts", "equal-segments")
+def best_of_the_equal(inputs, kept):
+    plans = [[int(i) for i in np.arange(n) * len(kept) // n] for n in range(1, len(kept) + 1)]
+    return min(plans, key=lambda plan: _fullest(inputs, kept, plan))
+
+
+@wrong("01-cuts", "one-moment")
+def all_inputs_at_all_moments(inputs, kept):
+    """The least of: all stored inputs, and the largest segment. As if both were there at one moment."""
+    best = None
+    for limit in sorted({sum(kept[i:j]) for i, j in itertools.combinations(range(len(kept) + 1), 2)}):
+        plans = [(0, [])]
+        for end in range(1, len(kept) + 1):
+            ways = [
+                (plans[i][0] + inputs[i], [*plans[i][1], i])
+                for i in range(end)
+                if plans[i] and sum(kept[i:end]) <= limit
+            ]
+            plans.append(min(ways) if ways else None)
+        if plans[-1] and (best is None or plans[-1][0] + limit < best[0]):
+            best = (plans[-1][0] + limit, plans[-1][1])
+    return best[1]
+
+
+@wrong("01-cuts", "one-moment")
+def equal_sums(inputs, kept):
+    """Segments that keep about as much each, as many as the root of the blocks."""
+    sums = np.cumsum(kept)
+    count = round(len(kept) ** 0.5)
+    marks = [int(np.searchsorted(sums, sums[-1] * i / count)) for i in range(count)]
+    return sorted({0, *marks})
+
+
+@wrong("01-cuts", "lengths")
+def how_long_each_is(inputs, kept):
+    plan = [*as_long_as_a_limit_allows(inputs, kept), len(kept)]
+    return [b - a for a, b in itertools.pairwise(plan)]
+
+
+@wrong("01-cuts", "no-segments")
+def without_the_first(inputs, kept):
+    return as_long_as_a_limit_allows(inputs, kept)[1:]
+
+
+@wrong("01-cuts", "no-segments")
+def with_the_end(inputs, kept):
+    return [*as_long_as_a_limit_allows(inputs, kept), len(kept)]
+
+
+@wrong("01-cuts", "no-segments")
+def backwards(inputs, kept):
+    return [*as_long_as_a_limit_allows(inputs, kept)[::-1], 0]
+
+
+@wrong("01-cuts", "wrong-type")
+def the_peak(inputs, kept):
+    return _fullest(inputs, kept, as_long_as_a_limit_allows(inputs, kept))
