@@ -38,7 +38,7 @@ class _Watch(TorchDispatchMode):
         self._alive, self._total, self.peak = {}, 0, 0  # the size of each storage, with what tells of its end
         self.left = False  # whether NumPy got a tensor, whose copies this does not see
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def _note(self, operation, types, args=(), kwargs=None):
         given = {id(a.untyped_storage()) for a in args if isinstance(a, Tensor)}
         result = operation(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
@@ -60,6 +60,10 @@ class _Watch(TorchDispatchMode):
         if set(self._alive) - own:
             gc.collect()
         return sum(size for key, (size, _) in self._alive.items() if key not in own)
+
+
+# Set afterwards: what torch finds in a new class it wraps, and would load its compiler at the first operation.
+_Watch.__torch_dispatch__ = _Watch._note
 
 
 @contextmanager
