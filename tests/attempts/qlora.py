@@ -172,9 +172,16 @@ def levels_and_scales_rounded(x, stored, a, b, alpha, r, bias):
 
 
 @wrong("06-forward", "16-bit-product")
-def products_in_16_bits(x, stored, a, b, alpha, r, bias):
+def base_in_16_bits(x, stored, a, b, alpha, r, bias):
     dtype = stored["dtype"]
-    y = (x.to(dtype) @ weights(stored).to(dtype).T).float() + alpha / r * (x @ a.T @ b.T).to(dtype).float()
+    y = (x.to(dtype) @ weights(stored).to(dtype).T).float() + alpha / r * (x @ a.T @ b.T)
+    return y if bias is None else y + bias
+
+
+@wrong("06-forward", "16-bit-product")
+def all_in_16_bits(x, stored, a, b, alpha, r, bias):
+    x, w, a, b = (t.to(stored["dtype"]) for t in (x, weights(stored), a, b))
+    y = (x @ w.T + alpha / r * (x @ a.T @ b.T)).float()
     return y if bias is None else y + bias
 
 
