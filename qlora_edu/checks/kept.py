@@ -301,7 +301,8 @@ def stack(answer: Answer, draw: Draw) -> Score:
     for weight, a, b in zip(weights, rest[::2], rest[1::2], strict=True):
         y = y + F.silu(y @ weight.double().T + scaling * y @ a.T @ b.T)
     right = torch.autograd.grad(y, free, grad_y.double())
-    # Beside the whole, float32 loses some 4e-6 at most in 24 layers; one number kept in float16 makes it 3e-4.
+    # Beside its whole, no gradient of 300 draws was off by more than 5e-6 in float32; with the inputs kept in
+    # float16, the worst of each draw was off by 6e-4 or more.
     size, most = "the size of the error, relative", 3e-5
     error = relative_error(expect.tensor(facts["y"], "y", y.shape), y.detach())
     expect.true(error < most, f"y: {size}", "layers-wrong", f"below {most}", error)
