@@ -1,0 +1,320 @@
+"""Checks of chapter 06, second part: what a 4-bit layer keeps in memory, and for how long.
+
+`decode(stored)` gives W (out, in) in float32; the checks hand it in, count its calls, and watch what becomes of W.
+"""
+
+import gc
+import math
+import weakref
+from contextlib import contextmanager
+from functools import cache, partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from qlora_edu.checks import expect
+from qlora_edu.checks.draw import Draw
+from qlora_edu.checks.exercise import Answer, Score, exercise
+from qlora_edu.checks.qlora import (
+    adapter,
+    counting_decoder,
+    decoded,
+    like,
+    product,
+    relative_error,
+    stored_matrix,
+)
+
+
+class _Watch(TorchDispatchMode):
+    """Knows the memory that torch's operations made inside it: how much is alive now, and was at most."""
+
+    def __init__(self):
+        super().__init__()
+        self._alive, self._total, self.peak = {}, 0, 0  # the size of each storage, with what tells of its end
+        self.left = False  # whether NumPy got a tensor, whose copies this does not see
+
+    def _note(self, operation, types, args=(), kwargs=None):
+        given = {id(a.untyped_storage()) for a in args if isinstance(a, Tensor)}
+        result = operation(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = id(storage), storage.nbytes()
+                if key not in given and key not in self._alive:
+                    self._alive[key] = size, weakref.ref(storage, partial(self._ended, key))
+                    self._total += size
+        self.peak = max(self.peak, self._total)
+        return result
+
+    def _ended(self, key: int, _) -> None:
+        self._total -= self._alive.pop(key)[0]
+
+    def kept(self, *results: Tensor) -> int:
+        """How many bytes are alive beside those of these results, after garbage has been collected."""
+        own = {id(result.untyped_storage()) for result in results}
+        if set(self._alive) - own:
+            gc.collect()
+        return sum(size for key, (size, _) in self._alive.items() if key not in own)
+
+
+# Set afterwards: what torch finds in a new class it wraps, and would load its compiler at the first operation.
+_Watch.__torch_dispatch__ = _Watch._note
+
+
+@contextmanager
+def _watching():
+    """A watch that sees what goes to NumPy, too."""
+    watch, to_numpy = _Watch(), Tensor.numpy
+
+    def numpy(tensor, **options):
+        watch.left = True
+        return to_numpy(tensor, **options)
+
+    with watch, patch.object(Tensor, "numpy", numpy):
+        yield watch
+
+
+def _use_function(student, stored, x, bias, grad_y, x_learns: bool, bias_learns: bool) -> dict:
+    """Both passes through the student's Function: what came out, and what was kept between them."""
+    if not (isinstance(student, type) and issubclass(student, torch.autograd.Function)):
+        return {"is_function": False}
+    decode, calls = counting_decoder()
+    leaf = x.clone().requires_grad_(x_learns)
+    bias = None if bias is None else bias.clone().requires_grad_(bias_learns)
+    given = leaf * 1  # no leaf: once it is let go, only what keeps it has it
+    with _watching() as watch:
+        y = student.apply(given, stored, decode, bias)
+    if not isinstance(y, Tensor):
+        return {"is_function": True, "y": y}
+    facts = {"is_function": True, "y": y.detach().clone(), "forward": len(calls), "kept": watch.kept(y)}
+    held, result = weakref.ref(given.untyped_storage()), y * 1
+    del given, y
+    facts |= {"x_kept": held() is not None, "y_kept": watch.kept() > facts["kept"], "left": watch.left}
+    try:
+        result.backward(grad_y)
+        facts["refused"] = ""
+    except RuntimeError as error:
+        if "returned a" not in str(error):  # what torch says of a wrong number, or of one for what takes none
+            raise
+        facts["refused"] = str(error)
+    grad_bias = None if bias is None else bias.grad
+    return facts | {"backward": len(calls) - facts["forward"], "grad_x": leaf.grad, "grad_bias": grad_bias}
+
+
+@exercise("06-function", probe=_use_function)
+def function(answer: Answer, draw: Draw) -> None:
+    """A Function with apply(x, stored, decode, bias): x Wᵀ + bias, that keeps nothing but codes and scales."""
+    for leading, n_out, n_in, dtype, with_bias, x_learns, bias_learns in (
+        ((4,), 6, 6, torch.float32, True, True, True),
+        ((3, 2), 5, 7, torch.float32, True, True, False),
+        ((2,), 9, 4, torch.bfloat16, True, True, False),
+        ((5,), 4, 6, torch.float32, False, True, False),
+        ((3,), 8, 5, torch.float32, True, False, True),
+        ((), 4, 3, torch.float32, True, True, True),
+    ):
+        x, grad_y = draw.normal(*leading, n_in, dtype=dtype), draw.normal(*leading, n_out, dtype=dtype)
+        stored, bias = stored_matrix(draw, n_out, n_in), draw.normal(n_out, dtype=dtype)
+        weight, rows, grads = decoded(stored), x.reshape(-1, n_in), grad_y.reshape(-1, n_out)
+        bias, shift = (bias, bias.double()) if with_bias else (None, 0 * bias.double())
+        crash = "dtypes-mixed" if dtype == torch.bfloat16 else None
+        facts = answer(stored, x, bias, grad_y, x_learns, bias_learns, crash=crash)
+        expect.true(facts["is_function"], "the class derives from torch.autograd.Function", "not-a-function")
+        learns = " and ".join(["x"] * x_learns + ["the bias"] * bias_learns)
+        case = f"for x {list(x.shape)}, {str(dtype)[6:]}, out = {n_out}, where {learns} takes a gradient"
+        right, error = product(rows, weight.T, grad_y.shape, dtype, shift)
+        wrong, got = {"bias-missing": right - shift}, facts["y"]
+        if n_in == n_out:
+            wrong["transposed"] = product(rows, weight, x.shape, dtype, shift)[0]
+        expect.close(got, right, f"y, {case}", error, like(got, wrong), dtype)
+        kept, forward = facts["kept"], facts["forward"]
+        expect.same(kept, 0, f"bytes kept that forward has made, {case}", {"weight-kept": kept})
+        expect.true(not facts["left"], "no tensor becomes a NumPy array", "outside-torch")
+        expect.true(not facts["x_kept"], f"x is not kept, {case}", "input-kept")
+        expect.true(not facts["y_kept"], f"y is not kept, {case}", "output-kept")
+        expect.same(forward, 1, f"decodings in forward, {case}", {"decodings": forward})
+        refused = facts["refused"]
+        expect.true(not refused, f"what backward returns, {case}", "gradient-count", "four values", refused)
+        ones = torch.ones(1, len(grads))
+        for name, asked, (right, error), mistake in (
+            ("x", x_learns, product(grads, weight, x.shape, dtype), "no-gradient"),
+            ("bias", bias_learns, product(ones, grads, (n_out,), dtype), "bias-gradient"),
+        ):
+            what, got, wrong = f"the gradient of {name}, {case}", facts[f"grad_{name}"], {mistake: 0 * right}
+            if n_in == n_out:
+                wrong["transposed"] = grads.double() @ weight.double().T
+            if asked:
+                expect.true(got is not None, what, mistake, "a tensor", "None")
+                expect.close(got, right, what, error, like(got, wrong))
+        decodings = facts["backward"]
+        expect.same(decodings, int(x_learns), f"decodings in backward, {case}", {"decodings": decodings})
+
+
+class _Product(torch.autograd.Function):
+    """x Wᵀ, with W decoded forward and again backward: what `FastInEval` gets as `product`."""
+
+    @staticmethod
+    def forward(ctx, x, stored, decode):
+        ctx.stored, ctx.decode = stored, decode
+        return F.linear(x, decode(stored))
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y @ ctx.decode(ctx.stored), None, None
+
+
+_VISITS = {  # when, and how often W is decoded
+    "in train mode": 2,
+    "in eval mode after that": 1,
+    "in eval mode for the second time": 0,
+    "in train mode after eval mode": 2,
+    "in eval mode once more": 1,
+    "in eval mode with other codes": 1,
+}
+
+
+def _alternate(student, stored, other, x, grad_y) -> dict:
+    """Takes the student's layer through both modes and back, and returns what it gave on each visit."""
+    (decode, calls), watch = counting_decoder(), _Watch()
+
+    def visit(training: bool) -> dict:
+        if model.training != training:
+            model.train(training)
+        leaf, before = x.clone().requires_grad_(), len(calls)
+        with watch:
+            y = model(leaf)
+        if not isinstance(y, Tensor):
+            return {"y": y}
+        kept = watch.kept(y) if training else 0
+        if y.requires_grad:
+            with watch:
+                y.backward(grad_y)
+        y, gradient = y.detach().clone(), None if leaf.grad is None else leaf.grad.clone()
+        return {"y": y, "grad_x": gradient, "kept": kept, "decodings": len(calls) - before}
+
+    with watch:
+        layer = student(stored, decode, _Product.apply)
+    if not isinstance(layer, nn.Module):
+        return {"is_module": False}
+    model = nn.Sequential(layer)
+    visits = [visit(training) for training in (True, False, False)]
+    names = [*model.state_dict(), *(name for name, _ in model.named_parameters())]
+    visits.append(visit(True))
+    kept = watch.kept()
+    visits.append(visit(False))
+    layer.stored = other
+    visits.append(visit(False))
+    return {"is_module": True, "visits": visits, "names": names, "kept": kept}
+
+
+@exercise("06-eval", probe=_alternate)
+def eval_mode(answer: Answer, draw: Draw) -> None:
+    """`FastInEval(stored, decode, product)`: decodes once in eval mode, and trains as if that had not been."""
+    for leading, n_out, n_in in (((4,), 6, 6), ((3, 2), 7, 5)):
+        x, grad_y = draw.normal(*leading, n_in), draw.normal(*leading, n_out)
+        stored, other = stored_matrix(draw, n_out, n_in), stored_matrix(draw, n_out, n_in)
+        facts = answer(stored, other, x, grad_y)
+        expect.true(facts["is_module"], "the layer is an nn.Module", "not-a-module")
+        names = facts["names"]
+        expect.same(names, [], "names in state_dict() and named_parameters()", {"in-the-file": names})
+        for (when, count), visit in zip(_VISITS.items(), facts["visits"], strict=True):
+            weight = decoded(other if "other" in when else stored)
+            mistake = "stale" if "other" in when else "modes-differ"
+            for name, given, matrix in (("y", x, weight.T), ("grad_x", grad_y, weight)):
+                what, got = f"{name} {when}, for x {list(x.shape)}, out = {n_out}", visit[name]
+                expect.true(name == "y" or got is not None, what, "gradient-lost", "a tensor", "None")
+                shape = (*leading, matrix.shape[1])
+                right, error = product(given.reshape(-1, len(matrix)), matrix, shape, torch.float32)
+                expect.close(expect.tensor(got, what, shape), right, what, error, {mistake: got})
+            calls, kept = visit["decodings"], visit["kept"]
+            mistake = "obvious-in-training" if calls == 1 else "weight-kept"
+            expect.same(kept, 0, f"bytes kept between forward and backward {when}", {mistake: kept})
+            expect.same(calls, count, f"decodings {when}", {"decoded-each-time": calls})
+        kept = facts["kept"]
+        expect.same(kept, 0, "bytes that stay after a step in train mode", {"weight-kept": kept})
+
+
+LAYERS, ROWS, WIDTH, RANK, LIMIT = 24, 64, 16, 2, 20
+
+
+def _stack(draw: Draw) -> tuple:
+    weights = [0.5 * draw.normal(WIDTH, WIDTH) / math.sqrt(WIDTH) for _ in range(LAYERS)]
+    adapters = [adapter(draw, WIDTH, WIDTH, RANK)[:2] for _ in range(LAYERS)]
+    return weights, draw.normal(ROWS, WIDTH), adapters, draw.number(0.05, 0.2), draw.normal(ROWS, WIDTH)
+
+
+def _train_stack(student, weights, x, adapters, scaling, grad_y) -> dict:
+    """Both passes through the student's stack: gradients, decodings, and memory at its fullest."""
+    calls = []
+
+    def decode(i):
+        calls.append(i)
+        return weights[i].clone()
+
+    leaf = x.clone().requires_grad_()
+    leaves = [tuple(t.clone().requires_grad_() for t in pair) for pair in adapters]
+    with _watching() as watch:
+        y = student(leaf, leaves, scaling, decode)
+        if not isinstance(y, Tensor) or not y.requires_grad:
+            return {"y": y, "gradients": None}
+        y.backward(grad_y)
+    gradients = [t.grad for t in (leaf, *(t for pair in leaves for t in pair))]
+    facts = {"y": y, "gradients": gradients, "decodings": len(calls), "peak": watch.peak / x.nbytes}
+    return facts | {"left": watch.left, "changed": not torch.equal(leaf, x)}
+
+
+@cache
+def _rivals() -> dict[str, float]:
+    """What known ways need."""
+
+    def some(x, adapters, scaling, decode, first=0, last=LAYERS, obvious=False):
+        for i, (a, b) in enumerate(adapters[first:last], first):
+            base = F.linear(x, decode(i)) if obvious else _Product.apply(x, i, decode)
+            x = x + F.silu(base + scaling * F.linear(F.linear(x, a), b))
+        return x
+
+    def in_pieces(x, *rest, size):
+        for i in range(0, LAYERS, size):
+            x = checkpoint(some, x, *rest, i, i + size, use_reentrant=False)
+        return x
+
+    ways = {
+        "the obvious layer": partial(some, obvious=True),
+        "decoded twice, by hand": some,
+        "a checkpoint a layer": partial(in_pieces, size=1),
+        "6 checkpoints": partial(in_pieces, size=4),
+    }
+    return {name: _train_stack(way, *_stack(Draw(6)))["peak"] for name, way in ways.items()}
+
+
+@exercise("06-stack", probe=_train_stack, seconds=30)
+def stack(answer: Answer, draw: Draw) -> Score:
+    """`f(x, adapters, scaling, decode)`: what all layers give, with little memory at the fullest moment."""
+    rivals = _rivals()
+    weights, x, adapters, scaling, grad_y = inputs = _stack(draw)
+    facts = answer(*inputs)
+    y, *rest = free = [t.double().requires_grad_() for t in (x, *(t for pair in adapters for t in pair))]
+    for weight, a, b in zip(weights, rest[::2], rest[1::2], strict=True):
+        y = y + F.silu(y @ weight.double().T + scaling * y @ a.T @ b.T)
+    right = torch.autograd.grad(y, free, grad_y.double())
+    # Beside its whole, no gradient of 300 draws was off by more than 5e-6 in float32; with the inputs kept in
+    # float16, the worst of each draw was off by 6e-4 or more.
+    size, most = "the size of the error, relative", 3e-5
+    error = relative_error(expect.tensor(facts["y"], "y", y.shape), y.detach())
+    expect.true(error < most, f"y: {size}", "layers-wrong", f"below {most}", error)
+    connected = facts["gradients"] is not None and all(g is not None for g in facts["gradients"])
+    expect.true(connected, "x and every a and b get a gradient", "not-connected")
+    expect.true(not facts["changed"], "x stays as it is", "changed-input")
+    expect.true(not facts["left"], "no tensor becomes a NumPy array", "outside-torch")
+    names = ["x", *(f"{letter} of layer {i}" for i in range(LAYERS) for letter in "ab")]
+    for name, got, true in zip(names, facts["gradients"], right, strict=True):
+        error = relative_error(got, true)
+        expect.true(error < most, f"gradient of {name}: {size}", "gradient-wrong", f"below {most}", error)
+    limit, count, peak = 3 * LAYERS, facts["decodings"], facts["peak"]
+    expect.true(count <= limit, "decodings", "too-many-decodings", f"at most {limit}", count)
+    expect.true(peak <= LIMIT, "layer inputs in memory at once", "too-much-kept", f"at most {LIMIT}", peak)
+    return Score(peak, "layer inputs in memory at the fullest moment", rivals)

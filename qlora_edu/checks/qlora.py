@@ -1,0 +1,256 @@
+"""Checks of chapter 06: the 4-bit layer that gradients pass through. Those that watch its memory are in `kept`.
+
+Everywhere: W (out, in) is stored in 4 bits, A is `a` (r, in), B is `b` (out, r), y = x Wᵀ + (alpha / r) x Aᵀ Bᵀ.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qlora_edu.checks import expect
+from qlora_edu.checks.draw import Draw
+from qlora_edu.checks.exercise import Answer, exercise
+
+
+class Stored(dict):
+    """A matrix in 4 bits: packed (uint8), scales and levels (float32), block_size, shape, dtype."""
+
+    def __repr__(self) -> str:
+        return f"4 bits {list(self['shape'])} in blocks of {self['block_size']}"
+
+
+def stored_matrix(draw: Draw, n_out: int, n_in: int, block_size: int = 8, dtype=torch.float32) -> Stored:
+    """A random matrix (out, in) in 4 bits, one of its blocks all zero if it has more than four."""
+    count = n_out * n_in
+    packed = draw.integers((count + 1) // 2, low=0, high=255, dtype=torch.uint8)
+    scales = draw.uniform(math.ceil(count / block_size), low=0.2, high=1.5)
+    if len(scales) > 4:
+        scales[2] = 0
+    fields = {"packed": packed, "scales": scales, "levels": draw.uniform(16, low=-1)}
+    return Stored(fields | {"block_size": block_size, "shape": (n_out, n_in), "dtype": dtype})
+
+
+def decoded(stored: dict, low_first: bool = False, blocks: list[int] | None = None) -> Tensor:
+    """W (out, in), float32, not rounded yet. low_first, blocks: what known mistakes take for codes and blocks."""
+    count = math.prod(stored["shape"])
+    shifts = (0, 4) if low_first else (4, 0)
+    codes = [byte >> shift & 15 for byte in stored["packed"].tolist() for shift in shifts][:count]
+    blocks = [k // stored["block_size"] for k in range(count)] if blocks is None else blocks
+    return (stored["levels"][codes] * stored["scales"][blocks]).view(stored["shape"])
+
+
+def counting_decoder() -> tuple[Callable[[dict], Tensor], list]:
+    """A decode for students, and a list that grows with each call of it."""
+    calls = []
+
+    def decode(stored):
+        calls.append(1)
+        return decoded(stored)
+
+    return decode, calls
+
+
+def adapter(draw: Draw, n_out: int, n_in: int, r: int) -> tuple[Tensor, Tensor, float]:
+    """A, B and alpha; alpha / r is neither 1 nor a root of r."""
+    a, b = draw.normal(r, n_in) / math.sqrt(n_in), draw.normal(n_out, r) / math.sqrt(r)
+    return a, b, r * draw.choice([3, 5, 7]) + 0.5
+
+
+def relative_error(got: Tensor, right: Tensor) -> float:
+    """The size of the error beside the size of the whole."""
+    return ((got.double() - right.double()).norm() / right.double().norm().clamp(min=1e-30)).item()
+
+
+def like(got, wrong: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those wrong results that `got` is, as a whole: its roundings may be larger than those of a right one."""
+    fits = isinstance(got, Tensor) and got.is_floating_point()
+    return {
+        m: got for m, w in wrong.items() if fits and got.shape == w.shape and relative_error(got, w) < 1e-4
+    }
+
+
+def product(left: Tensor, right: Tensor, shape, dtype=torch.float32, shift=0.0) -> tuple[Tensor, Tensor]:
+    """left @ right + shift in float64, and what arithmetic in that dtype may be off by."""
+    error = expect.dot_error(left, right) + 4 * expect.EPSILON * abs(shift)
+    error = error * (torch.finfo(dtype).eps / expect.EPSILON)
+    return (left.double() @ right.double() + shift).reshape(shape), error.reshape(shape)
+
+
+@exercise("06-forward")
+def forward(answer: Answer, draw: Draw) -> None:
+    """`f(x, stored, a, b, alpha, r, bias)`: y (..., out), float32; W is decoded, and rounded to stored["dtype"]."""
+    for leading, n_out, n_in, block_size, r, dtype, with_bias in (
+        ((4,), 6, 6, 4, 2, torch.float32, False),
+        ((3, 2), 4, 10, 8, 3, torch.float32, True),
+        ((5,), 5, 7, 4, 3, torch.float32, False),  # half a byte is left over, and the last block is short
+        ((9,), 8, 24, 16, 2, torch.bfloat16, True),
+        ((), 8, 6, 16, 4, torch.float16, True),
+        ((1,), 3, 13, 64, 1, torch.bfloat16, False),
+    ):
+        x, stored = draw.normal(*leading, n_in), stored_matrix(draw, n_out, n_in, block_size, dtype)
+        (a, b, alpha), bias = adapter(draw, n_out, n_in, r), draw.normal(n_out) if with_bias else None
+        whole = n_out * n_in % 2 == n_out * n_in % block_size == 0
+        crash = "tail" if not whole else "two-dimensions-only" if len(leading) != 1 else None
+        crash = "dtypes-mixed" if len(leading) == 1 and dtype != torch.float32 else crash
+        y = answer(x, stored, a, b, alpha, r, bias, crash=crash)
+        rows, s, shift = x.reshape(-1, n_in).double(), alpha / r, bias.double() if with_bias else 0
+        exact, low_rank = decoded(stored), s * (b.double() @ a.double())
+        weight, update, shape = exact.to(dtype).double(), rows @ low_rank.T, (*leading, n_out)
+
+        def output(weight, update=update, rows=rows, shift=shift, shape=shape):
+            return (rows @ weight.double().T + update + shift).reshape(shape)
+
+        last, blocks_in_row = len(stored["scales"]) - 1, n_in // block_size
+        by_row = [min(i * blocks_in_row + j // block_size, last) for i in range(n_out) for j in range(n_in)]
+        wrong = {
+            "nibbles-swapped": output(decoded(stored, low_first=True).to(dtype)),
+            "one-scale": output(decoded(stored, blocks=[0] * n_out * n_in)),
+            "blocks-by-row": output(decoded(stored, blocks=by_row).to(dtype)),
+            "transposed": output(weight.reshape(n_in, n_out).T if n_in != n_out else weight.T),
+            "scale-missing": output(weight, update / s),
+            "alpha-not-divided": output(weight, update * r),
+            "update-missing": output(weight, 0),
+            "base-missing": output(0 * weight),
+            "bias-missing": output(weight) - shift,
+        }
+        what = f"y, for x {list(x.shape)}, W {[n_out, n_in]} in {str(dtype)[6:]}, r = {r}, alpha = {alpha}"
+        within = expect.dot_error(rows, weight.T) + (s + 1) * expect.dot_error(rows, a.T, b.T)
+        within = (within + 4 * expect.EPSILON * abs(shift)).reshape(shape)
+        # First whatever no rounding explains, wherever it is done; then the roundings.
+        sizes = (rows.abs() @ (exact.double().abs() + low_rank.abs()).T).reshape(shape)
+        coarse = within + (0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps) * sizes
+        expect.close(y, output(weight), what, coarse, like(y, wrong), torch.float32)
+        early = stored | {name: stored[name].to(dtype) for name in ("levels", "scales")}
+        half = rows.to(dtype)
+        base, all_half = half @ weight.to(dtype).T, s * (half @ a.to(dtype).T @ b.to(dtype).T)
+        wrong = (
+            ("not-rounded", output(exact)),
+            ("update-rounded", output((exact + low_rank).to(dtype), 0)),
+            ("rounded-early", output(decoded(early))),
+            ("16-bit-product", (base.double() + update + shift).reshape(shape)),
+            ("16-bit-product", (base + all_half).double().reshape(shape) + shift),
+        )
+        nearest, _ = min(wrong, key=lambda pair: relative_error(y, pair[1]))
+        expect.close(y, output(weight), what, within, {nearest: y})
+
+
+@exercise("06-backward")
+def backward(answer: Answer, draw: Draw) -> None:
+    """`f(grad_y, x, weight, a, b, alpha, r)`: the gradients (grad_x, grad_a, grad_b), shaped as x, a and b."""
+    for leading, n_out, n_in, r in (((6,), 4, 4, 4), ((5,), 7, 3, 2), ((3, 2), 5, 8, 3), ((), 6, 5, 1)):
+        x, grad_y = draw.normal(*leading, n_in), draw.normal(*leading, n_out)
+        weight, (a, b, alpha) = draw.normal(n_out, n_in), adapter(draw, n_out, n_in, r)
+        crash = "batch-not-summed" if len(leading) != 1 else None
+        got = expect.parts(answer(grad_y, x, weight, a, b, alpha, r, crash=crash), "the result", 3)
+        free = [t.double().requires_grad_() for t in (x, a, b)]
+        y = free[0] @ weight.double().T + alpha / r * (free[0] @ free[1].T @ free[2].T)
+        right = torch.autograd.grad(y, free, grad_y.double())
+        rows, grads, s = x.reshape(-1, n_in), grad_y.reshape(-1, n_out), alpha / r
+        wrong = _wrong_gradients(*(t.double() for t in (rows, grads, weight, a, b)), s, r)
+        errors = {
+            "grad_x": expect.dot_error(grads, weight) + (s + 1) * expect.dot_error(grads, b, a),
+            "grad_a": (s + 1) * expect.dot_error(b.T, grads.T, rows),
+            "grad_b": (s + 1) * expect.dot_error(grads.T, rows, a.T),
+        }
+        for (name, error), mine, true in zip(errors.items(), got, right, strict=True):
+            what = f"{name}, for x of shape {tuple(x.shape)}, out = {n_out}, r = {r}, alpha = {alpha}"
+            shape = expect.tensor(mine, what).shape
+            mistake = "batch-not-summed" if name != "grad_x" and len(shape) > 2 else "gradient-shape"
+            expect.tensor(mine, what, true.shape, mistake=mistake)
+            fits = {m: w.reshape(shape) for m, w in wrong[name].items() if w.numel() == mine.numel()}
+            expect.close(mine, true, what, error.reshape(shape), like(mine, fits))
+
+
+def _wrong_gradients(x, grad_y, weight, a, b, s: float, r: int) -> dict[str, dict[str, Tensor]]:
+    """What known mistakes give, for the rows of x."""
+    base, update, outer = grad_y @ weight, grad_y @ b @ a, grad_y.T @ x  # outer: the gradient of B A, over s
+    of_a, of_b = s * b.T @ outer, s * outer @ a.T
+    found = {"grad_x": {"scale-missing": base + update, "alpha-not-divided": base + s * r * update}}
+    found["grad_x"] |= {
+        "update-missing": base,
+        "base-missing": s * update,
+        "base-scaled": s * (base + update),
+    }
+    for name, own, other, missing in (("a", of_a, of_b, "b-missing"), ("b", of_b, of_a, "a-missing")):
+        wrong = {"scale-missing": own / s, "alpha-not-divided": own * r, "averaged": own / len(x)}
+        found[f"grad_{name}"] = wrong | {missing: s * outer, "gradient-shape": own.T, "order": other}
+    if weight.shape == (r, r):  # all square: every transpose fits
+        found["grad_x"]["weight-transposed"] = s * update + grad_y @ weight.T
+        found["grad_x"]["update-transposed"] = base + s * grad_y @ b.T @ a.T
+        found["grad_a"]["update-transposed"] = s * b @ outer
+        found["grad_b"]["update-transposed"] = s * outer @ a
+    return found
+
+
+def _prepare(student, entries: list) -> dict:
+    """Builds a model of parameters (name, tensor, shape of what is packed, trains, name of its twin), has the
+    student's function prepare it, and returns what came of each."""
+    model, made = nn.Module(), {}
+    for name, tensor, packed_shape, trains, twin in entries:
+        *path, last = name.split(".")
+        place = model
+        for part in path:
+            place.add_module(part, getattr(place, part, nn.Module()))
+            place = getattr(place, part)
+        made[name] = made[twin] if twin else nn.Parameter(tensor.clone(), requires_grad=trains)
+        if packed_shape:
+            made[name].packed_shape = tuple(packed_shape)
+        place.register_parameter(last, made[name])
+    counts = student(model)
+    after = {name: (str(p.dtype), p.requires_grad, p.detach()) for name, p in model.named_parameters()}
+    return {"counts": counts, "after": after}
+
+
+def _entries(draw: Draw, n_out: int, n_in: int, r: int, storage: torch.dtype, tied: bool) -> list[tuple]:
+    """A model of two layers as `_prepare` builds it; its first adapter comes frozen."""
+    shapes = {"model.embed.weight": (13, n_in)}
+    for path in ("model.layers.0", "model.layers.1"):
+        shapes |= {f"{path}.proj.base.weight": None, f"{path}.proj.base.bias": (n_out,)}
+        shapes |= {f"{path}.proj.lora_a": (r, n_in), f"{path}.proj.lora_b": (n_out, r)}
+        shapes |= {f"{path}.norm.weight": (n_in,)}
+    shapes |= {"model.norm.weight": (n_in,), "head.weight": (13, n_in)}
+    entries = []
+    for name, shape in shapes.items():
+        twin = "model.embed.weight" if tied and name == "head.weight" else ""
+        if shape:
+            tensor = draw.normal(*shape, dtype=torch.bfloat16)
+            entries.append((name, tensor, None, "0.proj.lora" not in name, twin))
+        else:  # bytes that no float dtype takes for NaN
+            packed = draw.integers((n_in * n_out + 1) // 2, low=60, high=63, dtype=torch.uint8)
+            entries.append((name, packed.view(storage), (n_out, n_in), False, twin))
+    return entries
+
+
+@exercise("06-trains", probe=_prepare)
+def trains(answer: Answer, draw: Draw) -> None:
+    """`f(model)`: adapters train, in float32; all else is frozen, as it was. Returns (trained, all) numbers."""
+    for n_out, n_in, r, storage, tied in (
+        (draw.choice([4, 6, 10]), 8, 3, torch.uint8, False),
+        (5, 9, 2, torch.uint8, True),
+        (draw.choice([4, 6, 10]), 8, 3, torch.bfloat16, False),
+    ):
+        entries = _entries(draw, n_out, n_in, r, storage, tied)
+        before = {name: tensor for name, tensor, _, _, twin in entries if not twin}
+        facts = answer(entries)
+        case = f"codes in {str(storage)[6:]}, W {(n_out, n_in)}, {'tied' if tied else 'untied'} head"
+        expect.same(sorted(facts["after"]), sorted(before), f"names of the parameters, {case}")
+        for name, (dtype, learns, now) in facts["after"].items():
+            is_adapter, right = "lora_" in name, torch.float32 if "lora_" in name else before[name].dtype
+            mistakes = ("adapter-frozen", "adapter-16-bit") if is_adapter else ("base-trains", "upcast")
+            mistakes = ("base-trains", "codes-cast") if "base.weight" in name else mistakes
+            expect.same(learns, is_adapter, f"requires_grad of {name}, {case}", {mistakes[0]: not is_adapter})
+            expect.same(dtype, str(right), f"the dtype of {name}, {case}", {mistakes[1]: dtype})
+            expect.equal(now, before[name].to(right), f"{name}, {case}", {"values-changed": now})
+        trained, total = expect.parts(facts["counts"], "the counts", 2)
+        sizes = {name: tensor.numel() for name, tensor in before.items()}
+        low = sum(size for name, size in sizes.items() if "lora_" in name)
+        packed = sum(size for name, size in sizes.items() if "base.weight" in name)
+        rest = sum(sizes.values()) - packed
+        right = rest + 2 * n_out * n_in
+        wrong = {"halved": low // 2, "trained-bytes": 4 * low}
+        expect.number(trained, low, f"how many numbers train, {case}", looks_like=wrong)
+        wrong = {"halved": rest + packed, "codes-left-out": rest, "by-entries": rest + 2 * packed}
+        wrong["twin-counted"] = right + 13 * n_in
+        expect.number(total, right, f"how many numbers there are, {case}", looks_like=wrong)
