@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_edu.grading import report
-from qlora_edu.grading.__main__ import main, own_secret
+from qlora_edu.grading.__main__ import main
+from qlora_edu.grading.batch import own_secret
 from qlora_edu.grading.grade import PartResult, Result
 from qlora_edu.grading.sandbox import landlock_version
 from qlora_edu.grading.submissions import assignments, collect, file_name
@@ -278,3 +279,15 @@ def test_a_page_of_feedback_without_answers_is_whole():
     result = Result("ann", TOPIC, "", "", [PartResult("02-forward", "passed", 2, 2, "Passed.")])
     page = report.feedback(result)
     assert page.startswith("<!doctype html>") and "2 of 2 points" in page
+
+
+def test_the_solutions_of_every_chapter_get_full_points(tmp_path):
+    for path in (ROOT / "solutions").glob("*/*.ipynb"):
+        (tmp_path / "in" / "reference").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / "reference" / path.name).write_bytes(path.read_bytes())
+    assert main([str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    got = rows(tmp_path / "out")["reference"]
+    assert len(got) > 50
+    assert {
+        id: row["status"] for id, row in got.items() if row["status"] not in ("passed", "to be marked")
+    } == {}

@@ -16,11 +16,11 @@ class Draw:
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Numbers from N(0, 1)."""
-        return torch.randn(shape, generator=self._torch).to(dtype)
+        return torch.randn(shape, generator=self._torch, dtype=torch.float32).to(dtype)
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 numbers from [low, high)."""
-        return low + (high - low) * torch.rand(shape, generator=self._torch)
+        return low + (high - low) * torch.rand(shape, generator=self._torch, dtype=torch.float32)
 
     def integers(self, *shape: int, low: int, high: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Whole numbers from low to high, both included."""

@@ -73,7 +73,7 @@ def grade(
         return ungraded(submission, assignment, submission.problem, version)
     notes = [note for note in (submission.note,) if note]
     result = Result(submission.student, assignment.topic, submission.sha256, version, notes=notes)
-    with Session(submission.cells, hidden, memory, seconds) as session:
+    with Session(submission.cells, hidden, memory, seconds, submission.given) as session:
         for part in assignment.parts:
             judge = _written if part.check is None else _checked
             result.parts.append(judge(part, submission, session, secret))

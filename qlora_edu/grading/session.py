@@ -16,9 +16,9 @@ from qlora_edu.grading.values import LARGEST, Unreadable, decode, encode
 GRACE = 10.0  # seconds that a child gets to notice by itself that its time is up
 
 # All children are forked from one process that has imported torch and the checks, and nothing of any submission.
-_context = get_context("forkserver" if os.name == "posix" else "spawn")
+CONTEXT = get_context("forkserver" if os.name == "posix" else "spawn")
 if os.name == "posix":
-    _context.set_forkserver_preload(["qlora_edu.grading.child"])
+    CONTEXT.set_forkserver_preload(["qlora_edu.grading.child"])
 
 
 class Died(Exception):
@@ -32,6 +32,7 @@ class Session:
         cells: the sources of its code cells, in order.
         hidden: folders that it may not read.
         memory: bytes that it may take. seconds: for one call and one cell; by default the exercise's, and 20.
+        given: how many of the first cells are the course's own; what goes wrong there is not noted.
 
     A cell or a call that ends the process costs only itself: the process is started again without that cell.
     """
@@ -42,9 +43,10 @@ class Session:
         hidden: Sequence[str] = (),
         memory: int = 2 * 2**30,
         seconds: float | None = None,
+        given: int = 0,
     ):
         self.cells, self.hidden, self.memory = list(cells), tuple(hidden), memory
-        self.seconds = seconds
+        self.seconds, self.given = seconds, given
         self.notes: list[str] = []  # what was wrong with cells
         self._fatal: set[int] = set()
         self._process = self._connection = self._scratch = None
@@ -98,7 +100,7 @@ class Session:
                 except Died as reason:
                     self._fatal.add(number)
                     note = str(reason)
-                if note and note not in self.notes and len(self.notes) < 20:
+                if note and number >= self.given and note not in self.notes and len(self.notes) < 20:
                     self.notes.append(str(note)[:300])
                 if number in self._fatal:
                     break  # start again without it
@@ -106,8 +108,8 @@ class Session:
     def _start(self) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="submission-", ignore_cleanup_errors=True)
         fence = Fence(os.path.realpath(self._scratch.name), self.hidden, self.memory)
-        self._connection, theirs = _context.Pipe()
-        self._process = _context.Process(target=child.main, args=(theirs, fence), daemon=True)
+        self._connection, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=child.main, args=(theirs, fence), daemon=True)
         self._process.start()
         theirs.close()
 

@@ -40,7 +40,8 @@ class Submission:
         student, topic: whose, for which assignment.
         path: the file. sha256: of its bytes.
         problem: "" or why it cannot be graded.
-        cells: sources of the code to run, in order. written: texts by the part's id.
+        cells: sources of the code to run, in order; the first `given` of them are the course's.
+        written: texts by the part's id.
         note: what an instructor should know, such as another version.
     """
 
@@ -50,6 +51,7 @@ class Submission:
     sha256: str = ""
     problem: str = ""
     cells: tuple[str, ...] = ()
+    given: int = 0
     written: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
@@ -172,7 +174,8 @@ def read_submission(student: str, path: Path, assignment: Assignment) -> Submiss
             written[part] = cell.source
     texts = {part: text for part, text in written.items() if text.strip() not in ("", WRITTEN_STUB)}
     note = "made from another version of the exercises" if version and version != assignment.version else ""
-    return Submission(student, assignment.topic, path, sha256, "", tuple(cells), texts, note)
+    given = len(_given_definitions(assignment))
+    return Submission(student, assignment.topic, path, sha256, "", tuple(cells), given, texts, note)
 
 
 def _written_part(id: str, cell: nbformat.NotebookNode, assignment: Assignment) -> str | None:
@@ -195,16 +198,20 @@ def _given_definitions(assignment: Assignment) -> list[str]:
             body = ast.parse(source).body
         except SyntaxError:  # Markdown
             continue
-        kept = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef |
-        ast.ClassDef)         or (isinstance(node, ast.Assign) and _literal(node.value))]  # fmt: skip
-        if kept:
-            sources.append("\n".join(ast.get_source_segment(source, node) for node in kept))
+        kept = [node for node in body if isinstance(node, _DEFINES) or _names_a_constant(node)]
+        sources += [ast.get_source_segment(source, node) for node in kept]
     return sources
 
 
-def _literal(node: ast.expr) -> bool:
+_DEFINES = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)
+
+
+def _names_a_constant(node: ast.stmt) -> bool:
+    """Whether a statement is `NAME = literal`."""
+    if not isinstance(node, ast.Assign) or not all(isinstance(target, ast.Name) for target in node.targets):
+        return False
     try:
-        ast.literal_eval(node)
+        ast.literal_eval(node.value)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return False
     return True
