@@ -8,7 +8,7 @@ from contextlib import suppress
 from multiprocessing import get_context
 
 from qlora_edu.checks import Exercise
-from qlora_edu.checks.attempt import Outcome
+from qlora_edu.checks.attempt import PATIENCE, Outcome
 from qlora_edu.grading import child
 from qlora_edu.grading.sandbox import Fence
 from qlora_edu.grading.values import LARGEST, Unreadable, decode, encode
@@ -77,7 +77,7 @@ class Session:
             "seconds": limit,
         }
         try:
-            fields = self._ask(order, limit + GRACE)
+            fields = self._ask(order, PATIENCE * limit + GRACE)
             return Outcome(**fields)
         except Died as reason:
             problem = "endless" if "no answer" in str(reason) else "ended"
@@ -95,7 +95,9 @@ class Session:
                 if number in self._fatal:
                     continue
                 try:
-                    said = self._ask({"do": "run", "source": source, "seconds": limit}, limit + GRACE)
+                    said = self._ask(
+                        {"do": "run", "source": source, "seconds": limit}, PATIENCE * limit + GRACE
+                    )
                     note = said.get("message", "")
                 except Died as reason:
                     self._fatal.add(number)
