@@ -385,7 +385,11 @@ def measure(answer: Answer, draw: Draw) -> None:
     pruned[3:5] = 0
     cases = [(3 * draw.normal(12, 20), 4, 16, None), (3 * draw.normal(12, 20), 4, 16, None)]
     cases += [(draw.normal(12, 16), 8, 16, None)]
-    cases += [(draw.normal(8, 9), 2, 12, None), (draw.normal(5, 3), 3, 1, None), (draw.normal(), 5, 1, None)]
+    cases += [
+        (draw.normal(8, 9), 2, 12, None),
+        (draw.normal(5, 3), 3, 1, None),
+        (draw.uniform(low=3, high=9), 5, 1, None),
+    ]
     cases += [(3 * draw.normal(7, 13), 3, 8, "short-block")]  # 3 weights in the last block
     cases += [(_last(draw.normal(5, 19)), 2, 8, "short-block"), (draw.normal(11, 3), 8, 64, "short-block")]
     cases += [(draw.normal(16, 12).T, 4, 8, None)]
@@ -525,7 +529,7 @@ def budget(answer: Answer, draw: Draw) -> Score:
             "absmax in 32s": _rival(weight, 32),
             "min-max in 64s": _rival(weight, 64, min_max=True),
             "outliers apart": _rival(weight, 64, apart=n // 140),
-            "min-max, outliers apart": _rival(weight, 157, min_max=True, apart=73),
+            "min-max, apart": _rival(weight, 157, min_max=True, apart=73),
         }
         errors, names = [], []
         for stored in (answer(weight), *rivals.values()):
