@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu.checks import expect
+from qlora_edu.checks.attempt import clone, unchanged
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, Score, exercise
 from qlora_edu.checks.expect import EPSILON, Wrong
@@ -32,6 +33,37 @@ def _close(got, right: Tensor, what: str, within, wrong: dict, dtype: torch.dtyp
     expect.tensor(got, what, dtype=dtype)
 
 
+def _alike(one, other) -> bool:
+    """Whether two results are the same, be they ever so strange."""
+    try:
+        return unchanged(one, other)
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+
+
+class _Calls:
+    """Results of the calls so far: a later call must neither change them nor give them again."""
+
+    def __init__(self):
+        self.kept = []
+
+    def add(self, got, case: str):
+        what = f"the result of an earlier call, after the call {case}"
+        for before, copy in self.kept:
+            expect.true(_alike(copy, before), what, "state", "as it was", "other numbers")
+        # The weights differ from call to call, so the results do.
+        again = any(_alike(copy, got) for _, copy in self.kept)
+        expect.true(not again, f"the result {case}", "state", "a new result", "that of an earlier call")
+        self.kept.append((got, clone(got)))
+        return got
+
+
+def _last(weight: Tensor, factor: float = 1.5) -> Tensor:
+    """The same, but with the largest magnitude in the last place."""
+    weight.view(-1)[-1] = -factor * weight.abs().max()
+    return weight
+
+
 def _doubtful(position: Tensor, slack: Tensor | float) -> Tensor:
     """1 where float32 may round a position to either neighbour, 0 elsewhere. float64."""
     return ((position % 1 - 0.5).abs() <= slack).double()
@@ -40,16 +72,24 @@ def _doubtful(position: Tensor, slack: Tensor | float) -> Tensor:
 def _nearest_to(got, numbers: list[float]) -> float:
     """The one of several numbers that is nearest to what came."""
     got = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
-    return min(numbers, key=lambda n: abs(n - got)) if isinstance(got, float) else numbers[0]
+    return min(numbers, key=lambda n: abs(n - got)) if isinstance(got, int | float) else numbers[0]
 
 
 @exercise("03-absmax")
 def absmax(answer: Answer, draw: Draw) -> None:
     """`f(weight, bits)`: (codes int8, step, what comes back, float32), one absmax step for the whole tensor."""
     ties = torch.tensor([3, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]) * 2.0 ** draw.whole(-3, 3)
-    cases = [(100 * draw.normal(*shape), k, None) for shape, k in (((5, 7), 4), ((3, 2, 11), 8), ((1,), 5))]
-    cases += [(draw.normal(13), 2, None), (1e-15 * draw.normal(4, 9), 6, "floor"), (ties, 3, "ties")]
+    # Among 500 weights and 255 codes, arithmetic in 16 bits shows.
+    shapes = ((5, 7), 4), ((5, 7), 4), ((500,), 8), ((3, 2, 11), 8), ((1,), 5), ((), 3)
+    cases = [(100 * draw.normal(*shape), k, None) for shape, k in shapes]
+    cases += [(_last(draw.normal(4, 8)), 4, None), (_last(draw.normal(13)), 2, None)]
+    cases += [
+        (1e7 * draw.normal(3, 6), draw.whole(3, 8), None),
+        (1e-15 * draw.normal(4, 9), 6, "floor"),
+        (ties, 3, "ties"),
+    ]
     cases += [(draw.normal(70, 30) * 1e6, 7, None)] * draw.hidden
+    calls = _Calls()
     for weight, bits, mistake in cases:
         top = weight.abs().max().item()
         if weight.max() == top:
@@ -59,16 +99,24 @@ def absmax(answer: Answer, draw: Draw) -> None:
         case = f"for a weight of shape {tuple(weight.shape)}, {bits} bits"
         with _otherwise(mistake):
             codes, step, back = expect.parts(answer(weight, bits), "the result", 3)
+            calls.add((codes, step, back), case)
+            if weight.dim() == 0:  # what NumPy makes of one number is a number
+                codes, back = (torch.tensor(v) if isinstance(v, int | float) else v for v in (codes, back))
+                codes = codes.to(torch.int8) if codes.dtype == torch.int64 else codes
+            many = isinstance(step, Tensor) and step.numel() > 1
+            expect.true(not many, f"the step, {case}", "many-steps", "one number", step)
+            half = [torch.tensor(right).to(d).item() for d in (torch.float16, torch.bfloat16)]
             wrong = {
                 "one-too-many": top / (largest + 1),
                 "both-signs": _nearest_to(step, [top / (every - 1), 2 * top / (every - 1), top / every]),
                 "abs-missing": weight.max().item() / largest,
                 "step-inverted": 1 / right,
                 "absmax-for-step": top,
+                "sixteen-bits": _nearest_to(step, half),
             }
             expect.number(step, right, f"the step, {case}", 4 * EPSILON * right, wrong)
             position = weight.double() / right
-            exact = position.round()
+            exact = position.round() + 0.0  # an int8 has no -0
             # The step and the quotient are rounded once each; with 1 / step on the way there are three roundings.
             unsure = 0.0 if mistake == "ties" else _doubtful(position, 2 * EPSILON * position.abs())
             cut = weight / right  # in float32, where absmax / step may be less than the largest code
@@ -89,8 +137,10 @@ def absmax(answer: Answer, draw: Draw) -> None:
         expect.number(step, 0.0, "the step of zeros, which must be finite", within=3.4e38)
 
 
-def _levels(draw: Draw, count: int) -> Tensor:
-    """Ascending levels from -1 to 1, not symmetric, none of them twice. float32 (count,)."""
+def _levels(draw: Draw, count: int, ends: bool = True) -> Tensor:
+    """Ascending levels from -1 to 1, not symmetric, none of them twice; ends: with both. float32 (count,)."""
+    if not ends:
+        return (draw.permutation(1499)[:count] - 799).sort().values / 1000
     inner = (draw.permutation(1999)[: count - 2] - 999).sort().values / 1000
     return torch.cat([torch.tensor([-1.0]), inner, torch.tensor([1.0])])
 
@@ -119,14 +169,27 @@ def blocks(answer: Answer, draw: Draw) -> None:
     ties = torch.tensor([1, -0.75, -0.25, 0.125, 0.625, -1, -0.4375, -0.0625]) * unit
     holes = draw.normal(51)
     holes[8:16] = holes[40:] = 0  # a whole block, and two at the end, the last of which is short
+    early, late = draw.normal(12), _last(draw.normal(3, 7))
+    early[0] = 3 * early.abs().max()
+    near_zero = torch.tensor(
+        [-0.9, -0.05 - draw.number(0, 0.1), 0.3, 0.6, 0.8]
+    )  # below zero, not in the middle
     bf16, fp16 = draw.normal(9, 40, dtype=torch.bfloat16), draw.normal(900, dtype=torch.float16)
     cases = [  # weight, levels, block size, what a crash looks like, what else may be wrong
         (draw.normal(6, 8), _levels(draw, 5), 16, None, None),
+        (draw.normal(6, 8), _levels(draw, 5), 16, None, None),
+        (draw.normal(4, 12), _levels(draw, 7, ends=False), 12, None, None),
+        (early, _levels(draw, 3), 4, None, None),
+        (draw.normal(24), _levels(draw, draw.whole(3, 40), ends=False), 1, None, None),
+        (draw.normal(10, 50), _levels(draw, 256), 50, None, None),
         (draw.normal(8, 6).T, _levels(draw, 16), 16, "not-contiguous", None),
         (draw.normal(5, 7), _levels(draw, 16), 8, "short-block", None),
         (draw.normal(3, 2, 5), _levels(draw, 9), 64, "short-block", None),
+        (late, _levels(draw, 16), 8, "short-block", None),
         (draw.normal(1), _levels(draw, 4), 4, "short-block", None),
+        (draw.normal(), _levels(draw, 4), 4, None, None),
         (holes, dyadic[dyadic != 0], 8, "zero-division", "zero-division"),
+        (holes * 2, near_zero, 8, "zero-division", "zero-division"),
         (1e-15 * draw.normal(7, 4), _levels(draw, 16), 16, None, "floor"),
         (ties, dyadic, 4, None, "ties"),
         # Below 1, bfloat16 has steps of 0.004 and float16 of 0.0005: among so many levels either would show.
@@ -134,17 +197,20 @@ def blocks(answer: Answer, draw: Draw) -> None:
         (fp16, _levels(draw, 250), 128, "sixteen-bits", "sixteen-bits"),
     ]
     cases += [(draw.normal(65, 33), _levels(draw, 256), 64, None, None)] * draw.hidden
+    calls = _Calls()
     for weight, levels, size, crash, mistake in cases:
         n, count = weight.numel(), -(-weight.numel() // size)
         kind = str(weight.dtype).removeprefix("torch.")
         case = f"for a weight of shape {tuple(weight.shape)}, {kind}, {len(levels)} levels, blocks of {size}"
         right, unsure, scale, position = _nearest(weight, levels, size)
-        across = weight.transpose(0, -1)
+        across = weight.transpose(0, -1) if weight.dim() else weight
         columns = _nearest(across, levels, size)
         with _otherwise(mistake):
             codes, scales = expect.parts(answer(weight, levels, size, crash=crash), "the result", 2)
+            calls.add((codes, scales), case)
             counts = {(): "one-scale", (1,): "one-scale"} if count > 1 else {}
-            counts[(weight[..., 0].numel() * -(-weight.shape[-1] // size),)] = "rows-cut"
+            if weight.dim():
+                counts[(weight[..., 0].numel() * -(-weight.shape[-1] // size),)] = "rows-cut"
             if n % size and n > size:
                 counts[(n // size,)] = "short-block"
             expect.tensor(scales, f"the scales, {case}", (count,), shape_mistakes=counts)
@@ -152,6 +218,7 @@ def blocks(answer: Answer, draw: Draw) -> None:
                 "one-scale": scale.max().expand(count),
                 "abs-missing": torch.stack([b.max() for b in weight.double().reshape(-1).split(size)]),
                 "column-order": columns[2],
+                "level-in-scale": [scale.float() / levels[-1], scale.float() / levels.abs().max()],
                 "zero-scale": [scale.where(scale > 0, other) for other in (1.0, scales[1:2].double().sum())],
             }
             _close(scales, scale, f"the scales, {case}", 1e-30, wrong, torch.float32)
@@ -173,21 +240,27 @@ def blocks(answer: Answer, draw: Draw) -> None:
 @exercise("03-dequantize")
 def dequantize(answer: Answer, draw: Draw) -> None:
     """`f(codes, levels, scales, block_size, shape, dtype)`: level times scale, in float32, rounded once."""
-    cases = [  # shape, block size, dtype, what a crash looks like
-        ((4, 8), 8, torch.float32, "codes-as-mask"),
-        ((6, 9), 6, torch.float32, None),
-        ((5, 7), 8, torch.float32, "short-block"),
-        ((3, 1, 5), 64, torch.float32, "short-block"),
-        ((), 4, torch.float32, "short-block"),
-        ((33, 13), 32, torch.bfloat16, None),
-        ((400,), 128, torch.float16, None),
+    cases = [  # shape, block size, levels, dtype, what a crash looks like
+        ((4, 8), 8, 16, torch.float32, "codes-as-mask"),
+        ((4, 8), 8, 16, torch.float32, None),
+        ((6, 9), 6, draw.whole(17, 100), torch.float32, None),
+        ((10, 60), 50, 256, torch.float32, None),
+        ((3, 5), 1, 3, torch.float32, None),
+        ((5, 7), 8, 16, torch.float32, "short-block"),
+        ((3, 1, 5), 64, 16, torch.float32, "short-block"),
+        ((), 4, 4, torch.float32, None),
+        ((33, 13), 32, 16, torch.bfloat16, None),
+        ((400,), 128, 16, torch.float16, None),
     ]
-    cases += [((2, 17, 31), 64, torch.bfloat16, None)] * draw.hidden
-    for shape, size, dtype, crash in cases:
+    cases += [((2, 17, 31), 64, 200, torch.bfloat16, None)] * draw.hidden
+    calls = _Calls()
+    for shape, size, many, dtype, crash in cases:
         n, rows = math.prod(shape), shape if len(shape) == 2 else (1, math.prod(shape))
         count = -(-n // size)
-        codes, levels = draw.integers(n, low=0, high=15, dtype=torch.uint8), _levels(draw, 16)
+        codes, levels = draw.integers(n, low=0, high=many - 1, dtype=torch.uint8), _levels(draw, many)
         scales = draw.uniform(count, low=0.1, high=3) * (draw.uniform(count) > 0.1)  # some blocks are zero
+        if many == 256:
+            scales *= 10.0 ** draw.integers(count, low=-15, high=8)
         scales[0] = 0.7
         level, place = levels[codes.long()], torch.arange(n)
         scale = scales[place // size]
@@ -206,6 +279,7 @@ def dequantize(answer: Answer, draw: Draw) -> None:
         case = f"for shape {shape}, blocks of {size}, {str(dtype).removeprefix('torch.')}"
         with _otherwise("rounded-early" if dtype != torch.float32 else None):
             got = answer(codes, levels, scales, size, shape, dtype, crash=crash)
+            calls.add(got, case)
             lengths = {(count * size,): "padding-kept", (count, size): "padding-kept", (n,): "shape-missing"}
             expect.tensor(got, f"the weights, {case}", shape, dtype, shape_mistakes=lengths)
             wrong = {name: tensor.to(dtype).view(shape) for name, tensor in wrong.items()}
@@ -222,33 +296,54 @@ def minmax(answer: Answer, draw: Draw) -> None:
         inner = draw.uniform(math.prod(shape) - 2, low=low, high=high)
         return torch.cat([torch.tensor([low, high]), inner]).view(shape) * 2.0 ** draw.choice([-3, -2, 2, 3])
 
+    thousand = torch.cat([draw.uniform(40, low=1000, high=1001), torch.tensor([1000, 1001])])
     cases = [  # where zero lies a quarter of a step beside a code, the ways of rounding differ
         (spread(-4.25, 10.75, 6, 7), 4),
+        (spread(-4.25, 10.75, 6, 7), 4),
+        (spread(-4.25, 10.75, 6, 7).flip(0, 1), 4),  # both ends of the range at the end
         (spread(30.75, 45.75, 23), 4),
         (spread(-140.75, -109.75, 3, 2, 6), 5),
         (spread(-7.5, 7.5, 32), 4),  # zero lies halfway between two codes
-        (draw.normal(40) - 2, 8),
+        (draw.normal(500) - 2, 8),
+        (spread(-1.25, 1.75, 9), 2),
+        (-(2.0 ** draw.whole(-2, 2)) * thousand, 8),  # the zero point needs 18 bits
+        (thousand, 8),
+        (1e-15 * draw.normal(20), 4),
     ]
     cases += [(draw.uniform(2, low=0, high=1) + 5, 2), (draw.normal(50, 30) + 30, 6)] * draw.hidden
+    calls = _Calls()
+    small = torch.tensor(
+        [1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5]
+    ).tolist()  # steps that people set as least
     for weight, bits in cases:
         w, largest = weight.double(), 2**bits - 1
         low, high = w.min().item(), w.max().item()
         right = (high - low) / largest
         case = f"for weights from {low:.3g} to {high:.3g}, {bits} bits"
         codes, step, zero, back = expect.parts(answer(weight, bits), "the result", 4)
-        wrong = {"one-too-many": (high - low) / 2**bits, "absmax-for-range": max(high, -low) / largest}
+        calls.add((codes, step, zero, back), case)
+        wide = (max(high, 0) - min(low, 0)) / largest
+        wrong = {"one-too-many": (high - low) / 2**bits, "range-with-zero": wide}
+        wrong["absmax-for-range"] = max(high, -low) / largest
+        wrong["floor"] = _nearest_to(step, small) if high < 1e-12 else right
         expect.number(step, right, f"the step, {case}", 4 * EPSILON * right, wrong)
         # Step and quotient are rounded twice each; the sum with the zero point once more.
         exact = -low / right
         slack = 4 * EPSILON * (abs(exact) + largest + 1)
+        clamps = (0, largest), (-largest, largest), (-128, 127), (0, 255), (-(2**15), 2**15)
         wrong = {
-            "zero-clamped": min(max(exact, 0), largest),
+            "zero-clamped": _nearest_to(zero, [min(max(exact, a), b) for a, b in clamps]),
             "zero-sign": -exact,
             "zero-as-weight": low,
-            "zero-wrapped": exact % 256,
+            "zero-wrapped": _nearest_to(zero, [exact % 256, (exact + 128) % 256 - 128]),
             "truncated": math.trunc(exact),
         }
-        expect.number(zero, exact, f"the zero point, {case}", 0.5 + slack, wrong)
+        try:
+            expect.number(zero, exact, f"the zero point, {case}", 0.5 + slack, wrong)
+        except Wrong as refused:  # a whole number is meant, of which there may be two
+            both = exact % 1 == 0.5
+            refused.expected = f"{math.floor(exact)} or {math.ceil(exact)}" if both else str(round(exact))
+            raise
         zero = float(zero)
         whole = f"the zero point is whole, {case}"
         expect.true(zero == round(zero), whole, "zero-not-whole", round(exact), zero)
@@ -256,7 +351,7 @@ def minmax(answer: Answer, draw: Draw) -> None:
         position = unclamped.clamp(0, largest)
         unsure = _doubtful(position, slack)
         wrong = {
-            "not-clamped": [unclamped.round(), (w / right).round() + zero],
+            "not-clamped": [n for m in (unclamped.round(), (w / right).round() + zero) for n in (m, m % 256)],
             "truncated": [position.trunc(), ((w / right).trunc() + zero).clamp(0, largest)],
             "zero-missing": [(w / right).round().clamp(0, largest), (w / right).round() % 256],
             "start-mixed": ((w - low) / right).round(),
@@ -288,15 +383,28 @@ def measure(answer: Answer, draw: Draw) -> None:
     """`f(weight, bits, block_size)`: (bits a weight with steps of 32 bits, |w - back| / |w|) of absmax integers."""
     pruned = draw.normal(9, 16)
     pruned[3:5] = 0
-    cases = [(3 * draw.normal(12, 20), 4, 16, None), (3 * draw.normal(7, 15), 3, 8, "short-block")]
-    cases += [(draw.normal(11, 3), 8, 64, "short-block"), (pruned, 4, 16, "zero-division")]
+    cases = [(3 * draw.normal(12, 20), 4, 16, None), (3 * draw.normal(12, 20), 4, 16, None)]
+    cases += [(draw.normal(12, 16), 8, 16, None)]
+    cases += [
+        (draw.normal(8, 9), 2, 12, None),
+        (draw.normal(5, 3), 3, 1, None),
+        (draw.uniform(low=3, high=9), 5, 1, None),
+    ]
+    cases += [(3 * draw.normal(7, 13), 3, 8, "short-block")]  # 3 weights in the last block
+    cases += [(_last(draw.normal(5, 19)), 2, 8, "short-block"), (draw.normal(11, 3), 8, 64, "short-block")]
+    cases += [(draw.normal(16, 12).T, 4, 8, None)]
+    cases += [(pruned, 4, 16, "zero-division"), (1e-15 * draw.normal(9, 16), 4, 16, "floor")]
     cases += [(draw.normal(61, 35) * draw.uniform(61, 1), 5, 128, None)] * draw.hidden
+    calls = _Calls()
     for weight, bits, size, mistake in cases:
         w = weight.double().reshape(-1)
         n, scales = len(w), 32 * -(-len(w) // size)  # weights, and bits of all steps
         case = f"for a weight of shape {tuple(weight.shape)}, {bits} bits, blocks of {size}"
         with _otherwise(mistake):
             cost, error = expect.parts(answer(weight, bits, size, crash=mistake), "the result", 2)
+            calls.add((cost, error) if n > 20 else (case, cost, error), case)
+            rows = weight[..., 0].numel() * -(-weight.shape[-1] // size) if weight.dim() else 1
+            zeros = sum(not block.any() for block in w.split(size))
             right = bits + scales / n
             wrong = {
                 "scales-not-counted": bits,
@@ -304,11 +412,15 @@ def measure(answer: Answer, draw: Draw) -> None:
                 "per-weight": bits * n + scales,
                 "bytes": _nearest_to(cost, [bits + scales / 8 / n, right / 8]),
                 "sixteen-bits": bits + scales / 2 / n,
+                "rows-cut": bits + 32 * rows / n,
+                "zeros-not-counted": right - 32 * zeros / n,
             }
             expect.number(cost, right, f"bits a weight, {case}", 1e-6 * right, wrong)
             lost = w - _round_trip(w, bits, size)
             squares = lost.square()
             exact = (lost.norm() / w.norm()).item()
+            whole = n - n % size  # weights in whole blocks
+            without = [lost[:whole].norm() / part.norm() for part in (w, w[:whole]) if whole]
             means = [lost.norm(), squares.sum(), squares.mean().sqrt(), squares.mean()]
             sizes = [lost.abs().sum() / w.abs().sum(), (lost.abs() / w.abs()).nanmean()]
             wrong = {
@@ -316,6 +428,7 @@ def measure(answer: Answer, draw: Draw) -> None:
                 "not-relative": _nearest_to(error, [m.item() for m in means]),
                 "magnitudes": _nearest_to(error, [s.item() for s in sizes]),
                 "percent": 100 * exact,
+                "short-block": _nearest_to(error, [v.item() for v in without] or [exact]),
                 # In float32, an absmax divided by its step may be less than the largest code, and lose a whole step.
                 "truncated": ((w - _round_trip(w.float(), bits, size, torch.trunc)).norm() / w.norm()).item(),
                 "one-step": ((w - _round_trip(w, bits, n)).norm() / w.norm()).item(),
@@ -348,6 +461,8 @@ def _row(part, name: str, count: int | None, dtypes: tuple[torch.dtype, ...]) ->
 def _unpacked(stored, n: int) -> tuple[Tensor, int]:
     """What a challenger has stored for n weights: the weights that it stands for, float64 (n,), and all its bits."""
     needed, optional = {"bits", "codes", "levels", "block_size", "scales"}, {"starts", "positions", "values"}
+    if isinstance(stored, dict):  # None for a part that is not wanted
+        stored = {key: part for key, part in stored.items() if part is not None or key not in optional}
     keys = set(stored) if isinstance(stored, dict) else set()
     named = ", ".join(sorted(map(str, keys))) or type(stored).__name__
     fits = needed <= keys <= needed | optional
@@ -414,6 +529,7 @@ def budget(answer: Answer, draw: Draw) -> Score:
             "absmax in 32s": _rival(weight, 32),
             "min-max in 64s": _rival(weight, 64, min_max=True),
             "outliers apart": _rival(weight, 64, apart=n // 140),
+            "min-max, apart": _rival(weight, 157, min_max=True, apart=73),
         }
         errors, names = [], []
         for stored in (answer(weight), *rivals.values()):

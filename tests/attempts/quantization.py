@@ -1,11 +1,31 @@
 """Attempts at the exercises of chapter 03."""
 
+import functools
 import math
 
 import numpy as np
 import torch
 
 from tests.attempts import right, wrong
+
+
+def _in_one_buffer(function):
+    """The same numbers, but tensors come back in memory that the next call of such a shape writes over."""
+    kept = {}
+
+    def put(place, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        out = kept.setdefault((place, value.shape, value.dtype), torch.empty_like(value))
+        return out.copy_(value)
+
+    @functools.wraps(function)
+    def again(*arguments):
+        got = function(*arguments)
+        return tuple(put(i, v) for i, v in enumerate(got)) if isinstance(got, tuple) else put(0, got)
+
+    return again
+
 
 # 03-absmax
 
@@ -185,6 +205,24 @@ def divided_in_place(weight, bits):
     weight /= step
     codes = weight.round_()
     return codes.to(torch.int8), step, codes * step
+
+
+@wrong("03-absmax", "state")
+@_in_one_buffer
+def in_one_buffer(weight, bits):
+    return _absmax(weight, bits)
+
+
+@wrong("03-absmax", "many-steps")
+def one_step_a_row(weight, bits):
+    if weight.dim() < 2:
+        return _absmax(weight, bits)
+    return _absmax(weight, bits, step=weight.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1))
+
+
+@wrong("03-absmax", "sixteen-bits")
+def step_in_half(weight, bits):
+    return _absmax(weight, bits, step=(weight.abs().max() / (2 ** (bits - 1) - 1)).half().float())
 
 
 # 03-blocks
@@ -428,6 +466,43 @@ def codes_in_the_weights_shape(weight, levels, block_size):
     return codes.view(weight.shape), scales
 
 
+@wrong("03-blocks", "state")
+@_in_one_buffer
+def blocks_in_one_buffer(weight, levels, block_size):
+    return _in_blocks(weight.flatten().float(), levels, block_size)
+
+
+@wrong("03-blocks", "level-in-scale")
+def last_level_is_to_be_absmax(weight, levels, block_size):
+    scale_of = lambda block: block.abs().max() / levels[-1]  # noqa: E731
+    return _in_blocks(weight.flatten().float(), levels, block_size, scale_of=scale_of)
+
+
+@wrong("03-blocks", "level-in-scale")
+def outermost_level_is_to_be_absmax(weight, levels, block_size):
+    scale_of = lambda block: block.abs().max() / levels.abs().max()  # noqa: E731
+    return _in_blocks(weight.flatten().float(), levels, block_size, scale_of=scale_of)
+
+
+def _zeros_get(code):
+    def answer(weight, levels, block_size):
+        codes, scales = _in_blocks(weight.flatten().float(), levels, block_size)
+        zero = (scales == 0).repeat_interleave(block_size)[: len(codes)]
+        return torch.where(zero, code(levels), codes.int()).to(torch.uint8), scales
+
+    return answer
+
+
+@wrong("03-blocks", "zero-division")
+def middle_code_for_zeros(weight, levels, block_size):
+    return _zeros_get(lambda levels: len(levels) // 2)(weight, levels, block_size)
+
+
+@wrong("03-blocks", "zero-division")
+def first_level_above_zero_for_zeros(weight, levels, block_size):
+    return _zeros_get(lambda levels: torch.searchsorted(levels, 0.0).int())(weight, levels, block_size)
+
+
 # 03-dequantize
 
 
@@ -537,6 +612,13 @@ def levels_in_16_bits_first(codes, levels, scales, block_size, shape, dtype):
 @wrong("03-dequantize", "wrong-dtype")
 def always_float32(codes, levels, scales, block_size, shape, dtype):
     return (levels[codes.long()] * scales.repeat_interleave(block_size)[: len(codes)]).view(shape)
+
+
+@wrong("03-dequantize", "state")
+@_in_one_buffer
+def weights_in_one_buffer(codes, levels, scales, block_size, shape, dtype):
+    each = scales.repeat_interleave(block_size)[: len(codes)]
+    return (levels[codes.long()] * each).view(shape).to(dtype)
 
 
 # 03-minmax
@@ -709,6 +791,37 @@ def codes_in_float(weight, bits):
     return codes.float(), step, zero, back
 
 
+@wrong("03-minmax", "state")
+@_in_one_buffer
+def minmax_in_one_buffer(weight, bits):
+    return _minmax(weight, bits)
+
+
+@wrong("03-minmax", "range-with-zero")
+def as_libraries_do(weight, bits):
+    return _minmax(weight, bits, step=(weight.max().clamp(min=0) - weight.min().clamp(max=0)) / (2**bits - 1))
+
+
+@wrong("03-minmax", "floor")
+def smallest_step_of_minmax(weight, bits):
+    return _minmax(weight, bits, step=((weight.max() - weight.min()) / (2**bits - 1)).clamp_min(1e-8))
+
+
+@wrong("03-minmax", "zero-clamped")
+def zero_point_at_most_127(weight, bits):
+    return _minmax(weight, bits, zero=lambda z: z.round().clamp(-128, 127))
+
+
+@wrong("03-minmax", "zero-clamped")
+def zero_point_in_16_bits(weight, bits):
+    return _minmax(weight, bits, zero=lambda z: z.round().clamp(-(2**15), 2**15))
+
+
+@wrong("03-minmax", "zero-wrapped")
+def zero_point_as_int8(weight, bits):
+    return _minmax(weight, bits, zero=lambda z: (z.round() + 128) % 256 - 128)
+
+
 # 03-measure
 
 
@@ -862,6 +975,56 @@ def nan_for_zeros(weight, bits, block_size):
     return _cost(weight, bits, block_size), _ratio(weight, _back(weight, bits, block_size, safe=False))
 
 
+_SEEN = []
+
+
+@wrong("03-measure", "state")
+def first_result_again(weight, bits, block_size):
+    """A cache by shape, emptied by any other shape."""
+    if weight.shape != (12, 20):
+        _SEEN.clear()
+    elif _SEEN:
+        return _SEEN.pop()
+    else:
+        _SEEN.append((_cost(weight, bits, block_size), _ratio(weight, _back(weight, bits, block_size))))
+    return _cost(weight, bits, block_size), _ratio(weight, _back(weight, bits, block_size))
+
+
+@wrong("03-measure", "short-block")
+def short_block_kept_as_it_is(weight, bits, block_size):
+    flat, n = weight.flatten(), weight.numel() // block_size * block_size
+    rounded = _back(flat[:n], bits, block_size) if n else flat[:0]
+    return _cost(weight, bits, block_size), _ratio(flat, torch.cat([rounded, flat[n:]]))
+
+
+@wrong("03-measure", "short-block")
+def short_block_left_out(weight, bits, block_size):
+    flat, n = weight.flatten(), weight.numel() // block_size * block_size or weight.numel()
+    return _cost(weight, bits, block_size), _ratio(flat[:n], _back(flat[:n], bits, block_size))
+
+
+@wrong("03-measure", "rows-cut")
+def blocks_begin_with_each_row(weight, bits, block_size):
+    rows = weight.reshape(-1, weight.shape[-1]) if weight.dim() else weight.view(1, 1)
+    cost = bits + 32 * sum(math.ceil(len(row) / block_size) for row in rows) / weight.numel()
+    return cost, _ratio(rows, torch.stack([_back(row, bits, block_size) for row in rows]))
+
+
+@wrong("03-measure", "zeros-not-counted")
+def no_step_for_zeros(weight, bits, block_size):
+    blocks = sum(bool(block.any()) for block in weight.flatten().split(block_size))
+    return bits + 32 * blocks / weight.numel(), _ratio(weight, _back(weight, bits, block_size))
+
+
+@wrong("03-measure", "floor")
+def something_added_to_each_step(weight, bits, block_size):
+    largest, back = 2 ** (bits - 1) - 1, []
+    for block in weight.flatten().split(block_size):
+        step = block.abs().max() / largest + 1e-8
+        back.append((block / step).round() * step)
+    return _cost(weight, bits, block_size), _ratio(weight, torch.cat(back).view(weight.shape))
+
+
 # 03-budget
 
 
@@ -925,6 +1088,11 @@ def eight_bit_scales(weight):
     each = scales.float().repeat_interleave(size)[:n]
     codes = (flat / each.clamp(min=1e-6)).round().clamp(-7, 7).int() + 7
     return stored | {"scales": scales, "codes": codes}
+
+
+@right("03-budget")
+def parts_that_are_none(weight):
+    return {"starts": None} | eight_bit_scales(weight)
 
 
 @wrong("03-budget", "over-budget")
