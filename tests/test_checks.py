@@ -174,6 +174,13 @@ def test_the_courses_own_answer_is_refused_however_it_is_wrapped(answer):
     assert outcome.problem == "not-yours" and "qlora_edu." in outcome.message
 
 
+def test_an_answer_may_not_ask_the_check():
+    notebook = {"__name__": "__main__", "check": check}
+    exec("def asks(deltas, budget): return check.lora._best(deltas, budget)", notebook)
+    outcome = attempt(notebook["asks"], ([torch.ones(3, 3)], 12))
+    assert outcome.problem == "not-yours" and "checks.lora._best" in outcome.message
+
+
 def test_what_an_exercise_allows_may_be_used():
     assert (
         attempt(
