@@ -11,6 +11,9 @@ from tests.attempts import right, wrong
 
 # 07-adamw
 
+# torch imports its compiler at the first optimizer: seconds, which would count as those of the answer.
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).zero_grad()
+
 
 @right("07-adamw")
 def with_torchs_own(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
