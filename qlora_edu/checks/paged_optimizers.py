@@ -32,6 +32,8 @@ def adamw(answer: Answer, draw: Draw) -> None:
         m, v = (0.5 * m, v**2) if t > 1 else (0 * m, 0 * v)
         g = torch.where(g.abs() < 0.1, 0 * g, g)
         b1, b2, decay = draw.number(0.7, 0.9), draw.number(0.93, 0.98), draw.number(0.2, 0.4)
+        if not shape:  # 1 - β is not 1 % β
+            b1, b2 = draw.number(0.2, 0.45), draw.number(0.3, 0.45)
         if t > 50:  # so slow that the corrections still show
             b1, b2 = draw.number(0.97, 0.99), draw.number(0.995, 0.999)
         lr, eps = draw.number(0.05, 0.1), draw.number(0.03, 0.1)
