@@ -620,7 +620,7 @@ class TheSameObject(_Table):
                 continue
             self.faults += 1
             if len(self.pages) == self.room:
-                left.append(self.victim(pages))
+                left.append(self.pages[0])
                 self.pages.remove(left[-1])
             self.pages.append(page)
         return left
