@@ -180,15 +180,44 @@ def test_marks_are_taken_over_and_kept(graded, tmp_path):
         assert main([str(one), "--out", str(tmp_path / "out")]) == 0
         assert rows(tmp_path / "out")["ann"]["02-init-why"]["points"] == "2.5"
     assert "Which gradient?" in (tmp_path / "out" / "feedback" / "ann" / f"{TOPIC}.html").read_text()
-    marks.write_text(marks.read_text(encoding="utf-8-sig").replace("2.5", "9"))
-    assert main([str(one), "--out", str(tmp_path / "out")]) == 1
+    kept = marks.read_text(encoding="utf-8-sig")
+
+    def graded_with(text: str) -> int:
+        marks.write_text(text)
+        return main([str(one), "--out", str(tmp_path / "out")])
+
+    header, row = kept.splitlines()[:2]
+    for refused in (
+        kept.replace("2.5", "9"),
+        kept.replace("points", "Punkte"),
+        "",
+        f"{kept}{row.replace('2.5', '1')}\n",
+    ):
+        assert graded_with(refused) == 1
+        assert marks.read_text() == refused, "what was refused is left as it is"
+    assert graded_with(kept.replace(",", ";")) == 0
+    assert rows(tmp_path / "out")["ann"]["02-init-why"]["points"] == "2.5"
+    assert graded_with(f"{header}\n{row.replace('ann', 'Ann')}\n") == 0
+    assert "Ann,02_lora,02-init-why,2.5" in marks.read_text(encoding="utf-8-sig"), "what fits nobody is kept"
+    assert "Ann" in (tmp_path / "out" / "marks.csv~").read_text(encoding="utf-8-sig")
+    assert main([str(tmp_path / "out"), "--out", str(tmp_path / "out")]) == 1, (
+        "no submissions: nothing is touched"
+    )
+    assert graded_with(kept) == 0
+    (one / "ann" / f"{TOPIC}.ipynb").write_text(json.dumps(notebook).replace("Because.", "Something else."))
+    assert graded_with(kept) == 0
+    assert rows(tmp_path / "out")["ann"]["02-init-why"]["status"] == "to be marked", (
+        "it is another answer now"
+    )
+    assert "since it got 2.5" in marks.read_text(encoding="utf-8-sig")
 
 
 def test_submissions_are_found_in_every_usual_layout(tmp_path):
     known = assignments(ROOT / "solutions")
     content = (ROOT / "exercises" / TOPIC / f"{TOPIC}.ipynb").read_bytes()
     for place in ("ann/02_lora.ipynb", "bob/02_lora/02_lora.ipynb", "02_lora - Zoë Ó Néill.ipynb", "02_lora_carl.ipynb",
-                  "dora/homework.ipynb", "x y/02_lora.ipynb", "x-y/02_lora.ipynb",
+                  "dora/homework.ipynb",
+                  "notes.zip", "x y/02_lora.ipynb", "x-y/02_lora.ipynb",
                   "ann/.ipynb_checkpoints/02_lora-checkpoint.ipynb"):  # fmt: skip
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_bytes(content)

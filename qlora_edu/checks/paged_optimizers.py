@@ -4,14 +4,16 @@ Everywhere: p is a parameter, g its gradient, m and v are AdamW's two states, t 
 """
 
 from bisect import bisect
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from itertools import accumulate as running
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from qlora_edu.checks import expect
+from qlora_edu.checks.attempt import clone, plain
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, Score, exercise
 
@@ -24,15 +26,22 @@ def _moved(p, m, v, c1: float, c2: float, lr: float, eps: float, decay: float) -
 @exercise("07-adamw")
 def adamw(answer: Answer, draw: Draw) -> None:
     """`f(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay)`: new p, m and v, float32."""
-    for shape, t in (((7,), 3), ((5, 3), 2), ((1,), 1), ((2, 3, 4), 1), ((6, 2), 40)):
+    late = [((2, 1, 3, 2), draw.whole(60, 150)), ((3, 4), draw.whole(300, 1000))]
+    for shape, t in (((7,), 3), ((5, 3), 2), ((), 4), ((1,), 1), ((2, 3, 4), 1), ((6, 2), 40), *late):
         p, g, m, v = (draw.normal(*shape).transpose(0, -1) for _ in range(4))  # not contiguous
         m, v = (0.5 * m, v**2) if t > 1 else (0 * m, 0 * v)
         g = torch.where(g.abs() < 0.1, 0 * g, g)
         b1, b2, decay = draw.number(0.7, 0.9), draw.number(0.93, 0.98), draw.number(0.2, 0.4)
+        if not shape:  # 1 - β is not 1 % β
+            b1, b2 = draw.number(0.2, 0.45), draw.number(0.3, 0.45)
+        if t > 50:  # so slow that the corrections still show
+            b1, b2 = draw.number(0.97, 0.99), draw.number(0.995, 0.999)
         lr, eps = draw.number(0.05, 0.1), draw.number(0.03, 0.1)
         case = f"for shape {tuple(p.shape)}, t = {t}"
         got = answer(p, g, m, v, t, lr, b1, b2, eps, decay, crash="t-shifted" if t == 1 else None)
         got = expect.parts(got, f"the result {case}", 3)
+        if not shape:  # NumPy makes numbers of arrays without dimensions
+            got = [torch.tensor(x) if isinstance(x, float) else x for x in got]
 
         p, g, m, v = p.double(), g.double(), m.double(), v.double()
         new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
@@ -45,8 +54,12 @@ def adamw(answer: Answer, draw: Draw) -> None:
         # A few roundings of each term. 1 - β, if it was taken in float32, is off by half an eps, however small it is.
         e, step = 4 * expect.EPSILON, p * (1 - lr * decay) - new_p
         error_m, error_v, root = e * (m.abs() + g.abs()), e * (v + g**2), (new_v / c2).sqrt()
-        error_root = 2 * (((new_v + error_v) / c2).sqrt() - root) + e / c2 * root
-        error_p = lr * error_m / c1 / (root + eps) + step.abs() * (2 * e + e / c1 + error_root / (root + eps))
+        # The power of a β in float32 is off by t roundings.
+        e1, e2 = (e + t * expect.EPSILON * b**t for b in (b1, b2))
+        error_root = 2 * (((new_v + error_v) / c2).sqrt() - root) + e2 / c2 * root
+        error_p = lr * error_m / c1 / (root + eps) + step.abs() * (
+            2 * e + e1 / c1 + error_root / (root + eps)
+        )
         wrong_m = {
             "states-old": m,
             "decay-coupled": b1 * m + (1 - b1) * (g + decay * p),
@@ -64,9 +77,16 @@ def adamw(answer: Answer, draw: Draw) -> None:
         wrong_p = {
             "correction-missing": [but(c1=1, c2=1), but(c1=1), but(c2=1)],
             "t-shifted": [but(c1=1 - b1**s, c2=1 - b2**s) for s in (t - 1, t + 1) if s],
+            "t-forgotten": [but(c1=one, c2=two) for one in (c1, 1 - b1) for two in (c2, 1 - b2)],
+            "betas-swapped": [but(c2=c1), but(c1=c2), but(c1=c2, c2=c1)],
+            "root-missing": but(v=(new_v / c2) ** 2 * c2),
             "decay-wrong": [but(decay=d) for d in (-decay, decay / lr, 0, decay * lr)],
             "decay-late": new_p + lr * decay * step,
-            "eps-misplaced": [but(v=new_v + eps * c2, eps=0), but(eps=eps / c2**0.5), but(eps=0)],
+            "eps-misplaced": [
+                *(but(v=new_v + eps * c2, eps=0), but(v=new_v + eps, eps=0), but(eps=eps / c2**0.5)),
+                but(eps=0) - lr * eps,
+            ],
+            "eps-missing": [but(eps=some) for some in (0, 1e-8, 1e-6)],
             "states-old": [but(m=m, v=v), but(m=m), but(v=v)],
             "uphill": but(lr=-lr, decay=-decay),
         }
@@ -88,12 +108,23 @@ def _newest(pages: list, history: list):
     return min(pages, key=partial(_ago, history=history))
 
 
-def _touched(room: int, calls: list, leaves: Callable = _oldest, held: bool = True) -> list:
+def _as_listed(pages: list, present: list) -> list:
+    return pages
+
+
+def _hits_first(pages: list, present: list) -> list:
+    return sorted(pages, key=lambda page: page not in present)
+
+
+def _touched(
+    room: int, calls: list, leaves: Callable = _oldest, held: bool = True, order: Callable = _as_listed
+) -> list:
     """For each call, the pages that leave and the faults so far.
 
     Args:
         calls: lists of pages that are touched together. held: whether none of these leaves for another of them.
         leaves: says which of some pages leaves, given these in the order of their arrival, and all touches so far.
+        order: the order in which the pages of a call are touched, given these and what is on the device.
     """
     history, present, faults, found = [], [], 0, []
     for pages in calls:
@@ -101,7 +132,7 @@ def _touched(room: int, calls: list, leaves: Callable = _oldest, held: bool = Tr
         if len(pages) > room:
             found.append(("ValueError", faults))
             continue
-        for page in pages:
+        for page in order(pages, present):
             history.append(page)
             if page not in present:
                 faults += 1
@@ -114,49 +145,77 @@ def _touched(room: int, calls: list, leaves: Callable = _oldest, held: bool = Tr
 
 
 def _use_tables(student, rooms, calls) -> list:
-    """Makes a table for each room, and touches pages: (which table, pages). What came back, and the faults after it."""
-    tables, found = [student(room) for room in rooms], []
+    """Makes a table for each room, and touches pages: (which table, pages).
+
+    What came back, the faults after it, whether the pages that were given changed; in the end, of each call, whether
+    what came back is still the same.
+    """
+    tables, found, came = [student(room) for room in rooms], [], []
     for which, pages in calls:
+        given = [int(str(page)) for page in pages]  # equal numbers, but no longer the same objects
         try:
-            left = tables[which].touch(list(pages))
+            left = tables[which].touch(given)
         except ValueError:
             left = "ValueError"
-        found.append((list(left) if isinstance(left, list | tuple) else left, tables[which].faults))
-    return found
+        except Exception as error:
+            if len(pages) <= rooms[which] or isinstance(error, NotImplementedError):
+                raise
+            left = type(error).__name__
+        came.append(left)
+        left = list(left) if isinstance(left, list | tuple) else left
+        found.append((left, tables[which].faults, given != pages))
+    still = [not isinstance(now, list) or now == left for now, (left, _, _) in zip(came, found, strict=True)]
+    return [found, still]
 
 
 @exercise("07-page-table", probe=_use_tables)
 def page_table(answer: Answer, draw: Draw) -> None:
     """`PageTable(room)`: `touch(pages)` gives the list of the pages that leave, `faults` counts."""
-    for rooms, together, kinds in (((3, 5), 1, 9), ((4, 7), 2, 10), ((1, 2), 1, 4), ((6, 3), 3, 12)):
-        fresh = [draw.whole(1000, 10**6)]  # shows whether one table has what another was asked for
-        calls = [(0, fresh), (1, fresh)]
-        for at in range(90):
-            which, too_many = draw.whole(0, 1), at > 60 and draw.whole(0, 5) == 0
-            count = rooms[which] + 1 if too_many else draw.whole(1, min(together, rooms[which]))
-            calls.append((which, draw.permutation(kinds)[:count].tolist()))
-        result = answer(rooms, calls)
-        if repr(result[:2]) == "[([], 1), ([], 0)]":
+    for rooms, together, kinds in (((3, 5), 1, 9), ((4, 7), 2, 12), ((1, 2), 1, 4), ((6, 3), 6, 12)):
+        fresh = [draw.whole(10**5, 10**6)]  # shows whether one table has what another was asked for
+        calls = [(0, fresh), (1, fresh), (0, fresh)]
+        for at in range(120):
+            which, special = draw.whole(0, 1), draw.whole(0, 5) if at > 60 else 6
+            count = draw.whole(1, min(together, rooms[which]))
+            count = {0: rooms[which] + draw.whole(1, 2), 1: 0}.get(special, count)
+            calls.append((which, (1000 * draw.permutation(kinds)[:count]).tolist()))
+        result, still = answer(rooms, calls)
+        if repr(result[:2]) == "[([], 1, False), ([], 0, False)]":
             expect.fail(f"the faults of a second table after touch({fresh})", 1, 0, "shared")
         for i, room in enumerate(rooms):
             mine = [at for at, (which, _) in enumerate(calls) if which == i]
             _compare(room, [calls[at][1] for at in mine], [result[at] for at in mine])
+        same = all(now is True for now in still)
+        expect.true(same, "a list that came back was changed by a later call", "same-list")
 
 
 def _compare(room: int, calls: list, found: list) -> None:
     """Wrong at the first call that gives something else."""
     right = _touched(room, calls)
+
+    def but(change: Callable) -> list:
+        return [(left if isinstance(left, str) else change(left), n) for left, n in right]
+
     variants = {
-        "first-in": _touched(room, calls, lambda pages, history: pages[0]),
-        "newest": _touched(room, calls, _newest),
-        "in-use": _touched(room, calls, held=False),
-        "page-zero": [(left if isinstance(left, str) else [p for p in left if p], n) for left, n in right],
-        "order": [(left if isinstance(left, str) else sorted(left), n) for left, n in right],
+        "first-in": [_touched(room, calls, lambda pages, history: pages[0])],
+        "newest": [_touched(room, calls, _newest)],
+        "in-use": [_touched(room, calls, held=False)],
+        "list-order": [
+            _touched(room, calls, order=lambda pages, present: sorted(pages)),
+            _touched(room, calls, order=lambda pages, present: list(set(pages))),
+            _touched(room, calls, order=lambda pages, present: pages[::-1]),
+            _touched(room, calls, order=_hits_first),
+        ],
+        "page-zero": [but(lambda left: [p for p in left if p])],
+        "order": [but(sorted), but(lambda left: left[::-1])],
+        "not-all": [but(lambda left: left[-1:]), but(lambda left: left[:1])],
     }
-    came = repr([got for got, _ in found])
-    fits = [name for name, wrong in variants.items() if repr([left for left, _ in wrong]) == came]
+    came = repr([got for got, _, _ in found])
+    fits = [
+        name for name, some in variants.items() if any(repr([left for left, _ in w]) == came for w in some)
+    ]
     present, touches, refused = set(), 0, False
-    for pages, (left, faults), (got, counted) in zip(calls, right, found, strict=True):
+    for pages, (left, faults), (got, counted, changed) in zip(calls, right, found, strict=True):
         what = f"touch({pages}) of a table with room {room}"
         raised = isinstance(got, str) and got == "ValueError"
         if left == "ValueError":
@@ -165,13 +224,16 @@ def _compare(room: int, calls: list, found: list) -> None:
         else:
             listed = isinstance(got, list) and all(type(page) is int for page in got)
             expect.true(listed, what, "refused" if raised else "wrong-type", left, got)
+            expect.true(not changed, f"{what} changed the list that it was given", "changed-pages")
             if got != left:
                 more = "hit-evicts" if present.issuperset(pages) else "evicts-early"
-                less = "too-much-room" if len(got) < len(left) else None
+                less = "too-much-room" if not got else None
                 guess = more if len(got) > len(left) else less
                 mistake = fits[0] if fits else "half-done" if refused else guess
                 expect.fail(f"{what}: the pages that leave", left, got, mistake)
             present, touches = present.union(pages).difference(left), touches + len(pages)
+        expect.true(not changed, f"{what} changed the list that it was given", "changed-pages")
+        expect.true(type(counted) is int, f"the faults after {what}: an int", "wrong-type", faults, counted)
         looks = {"half-done": counted} if refused else {"hits-counted": touches}
         expect.number(counted, faults, f"the faults after {what}", looks_like=looks)
 
@@ -180,7 +242,8 @@ def _pair(got, right: tuple[int, int], what: str, looks_like: dict[str, list[tup
     """Refuse unless `got` are two numbers, these."""
     parts = expect.parts(got, what, 2)
     got = tuple(n.item() if isinstance(n, Tensor) and n.numel() == 1 else n for n in parts)
-    expect.true(all(type(n) in (int, float) for n in got), f"{what}: two numbers", "wrong-type", right, got)
+    expect.true(all(type(n) in (int, float) for n in got), f"{what}: two ints", "wrong-type", right, got)
+    expect.true(all(type(n) is int for n in got), f"{what}: two ints", "floats", right, repr(got))
     if got != right:
         fits = [name for name, some in looks_like.items() if got in some]
         expect.fail(what, right, got, fits[0] if fits else None)
@@ -189,11 +252,16 @@ def _pair(got, right: tuple[int, int], what: str, looks_like: dict[str, list[tup
 @exercise("07-cliff", seconds=2)
 def cliff(answer: Answer, draw: Draw) -> None:
     """`f(pairs, room, steps)`: the pages that come in and the pages that leave."""
-    small = [(p, 2 * p + more) for p in (3, 4, 6) for more in (0, -1, -2, 1)]
-    large = [(p, 2 * p + more) for more in (-1, 0, -2, -999) for p in [draw.whole(10**5, 10**6)]]
-    for pairs, room in [(1, 2), *small, (7, 2), *large]:
-        pages, counted = 2 * pairs, pairs < 10
-        steps = draw.whole(3, 6) if counted else draw.whole(10**4, 10**6)
+    small = [(p, 2 * p + more, draw.whole(3, 6)) for p in (3, 4, 2, 6) for more in (0, -1, -2, 1)]
+    small += [(2, 3, 2), (7, 2, 4), (1, draw.whole(3, 99), 3), (5, 10 + draw.whole(2, 99), 2)]
+    small += [(p, 2 * p + more, steps) for p in (1, 2, 5) for more in (0, -1, -2, 9) for steps in (1, 2)]
+    p, steps = draw.whole(10**5, 10**6), draw.whole(10**4, 10**6)
+    large = [(p, 2 * p + more, steps) for more in (-1, 0, -2, -999, draw.whole(1, 10**6))]
+    large += [(p, 2, steps), (p, 2 * p - 1, 1), (2, 3, steps), (p, draw.whole(2, p), 2)]
+    for pairs, room, steps in [(1, 2, 4), *small, *large]:
+        if room < 2:
+            continue
+        pages, counted = 2 * pairs, pairs * steps < 100
         stay, lacking = min(room, pages), max(pages - room, 0)
         again = {0: 0, 1: pairs}.get(lacking, pages)  # faults of a later step; the small cases are counted
         into = pages + (steps - 1) * again
@@ -203,7 +271,11 @@ def cliff(answer: Answer, draw: Draw) -> None:
         all_in, slope, half = (pages + (steps - 1) * each for each in (pages, lacking, pairs))
         twice = pages + steps * again
         wrong = {
-            "first-forgotten": [(into - pages, out), (out, out), (into - pages, into - pages)],
+            "first-forgotten": [
+                *((into - pages, out), (out, out), (into - pages, into - pages)),
+                *((again * steps, left) for left in (max(again * steps - stay, 0), again * steps)),
+            ],
+            "all-fit": [(n, n - stay) for n in (all_in, half) if not lacking],
             "first-twice": [(twice, twice - stay)],
             "stay-forgotten": [(into, into), (into, into - pages)],
             "out-forgotten": [(into, 0)],
@@ -232,7 +304,9 @@ def states(answer: Answer, draw: Draw) -> None:
     """`f(sizes, bits, page, min_paged, min_8bit, block)`: bytes of the states that are paged and that are not."""
 
     def case(sizes: list[int], bits: int, page: int, min_paged: int, min_8bit: int, block: int) -> None:
-        def each(min_paged=min_paged, min_8bit=min_8bit) -> list[tuple[int, int, bool]]:
+        def each(
+            min_paged=min_paged, min_8bit=min_8bit, sizes=sizes, block=block
+        ) -> list[tuple[int, int, bool]]:
             short = [bits == 8 and n >= min_8bit for n in sizes]
             rows = [(n, 4 * _up(n, block)) if s else (4 * n, 0) for n, s in zip(sizes, short, strict=True)]
             return 2 * [(*row, n >= min_paged) for row, n in zip(rows, sizes, strict=True)]  # m and v
@@ -243,48 +317,90 @@ def states(answer: Answer, draw: Draw) -> None:
         scales, full = sum(s for _, s, _ in found), sum(n // block * 4 for n, s, _ in found if s)
         twins = sum(page * _up(2 * n, page) for n, _, large in found if large) // 2
         once, twice = ([(n, s, times * n >= min_paged) for n, s, _ in found] for times in (1, 2))
+        floor, over = (sum(page * (n // page + more) for n, _, large in found if large) for more in (0, 1))
+        more = 2 * sum(4 * (n // block + 1) for n in sizes if bits == 8 and n >= min_8bit)
+        with_pages = sum(s for _, s, large in found if large)
         joined = [(n + s, 0, True) if large else (n, s, False) for n, s, large in found]
         apart = [*found, *((s, -s, True) for _, s, large in found if large)]
         wrong = {
             "one-state": [(paged // 2, rest // 2)],
-            "pages-partial": [(raw, rest), (raw // page * page, rest)],
+            "pages-partial": [(raw, rest), (raw // page * page, rest), (floor, rest)],
+            "one-too-many": [(over, rest), (paged, rest - scales + more), (over, rest - scales + more)],
             "pages-shared": [(twins, rest), (page * _up(raw, page), rest)],
             "threshold": [_in_all(each(min_paged + 1), page), _in_all(each(min_8bit=min_8bit + 1), page)],
             "bytes-compared": [_in_all(twice, page), _in_all(once, page)],
             "small-in-8": [_in_all(each(min_8bit=0), page)],
+            "small-paged": [_in_all(each(max(min_paged, min_8bit) if bits == 8 else min_paged), page)],
+            "equal-sizes": [_in_all(each(sizes=sorted(set(sizes))), page)],
             "scales-short": [(paged, rest - scales + some) for some in (0, scales // 4, scales // 2)],
             "scales-partial": [(paged, rest - scales + full)],
-            "scales-paged": [_in_all(joined, page), _in_all(apart, page)],
+            "scales-paged": [
+                *(_in_all(joined, page), _in_all(apart, page)),
+                (paged + with_pages, rest - with_pages),
+            ],
+            "constants": [
+                *(_in_all(each(block=256), page), _in_all(each(block=4096), page), _in_all(found, 4096)),
+                *(_in_all(each(min_paged=10**5), page), _in_all(each(min_8bit=4096), page)),
+            ],
             "rest-rounded": [(paged, page * _up(rest, page))],
         }
         what = f"for sizes {sizes}, bits = {bits}, page = {page}, min_paged = {min_paged}, "
         what = f"bytes paged and not paged, {what}min_8bit = {min_8bit}, block = {block}"
         _pair(answer(sizes, bits, page, min_paged, min_8bit, block), right, what, wrong)
 
-    for bits, page, min_paged in ((32, 4096, 10**5), (8, 4096, 10**5), (8, 1000, 10**4), (32, 2**16, 5001)):
-        min_8bit, block = draw.choice([4096, 4500]), draw.choice([256, 100])
+    # Those of bitsandbytes, then others: which of the two thresholds is larger, blocks that are no power of two.
+    low, high, odd = draw.whole(900, 3000), draw.whole(5000, 20_000), 2 * draw.whole(15, 60) + 1
+    for bits, page, min_paged, min_8bit, block in (
+        (32, 4096, 10**5, 4096, 256),
+        (8, 4096, 10**5, 4096, 256),
+        (8, 1000, high, low, odd),
+        (8, draw.whole(300, 900), low, high, draw.choice([64, 512, 2048])),
+        (32, 2**16, high, low, odd),
+        (8, 1, 30, 20, 1),
+    ):
         near = [limit + more for limit in (min_paged, min_8bit) for more in (-1, 0, 1)]
         others = [1, block, 3 * block + 1, 7 * page, draw.whole(10, 10**7), draw.whole(10, 10**4)]
         large = [page * draw.whole(150, 999) + more for more in (-1, 5)]
-        for sizes in (large, [min_paged // 2 + 1, 77], near, others, []):
+        between = [(min_paged + min_8bit) // 2]
+        exact = [100 * page * block]  # pages and blocks that are all full
+        same = [min_paged + 3, min_paged + 3, 7, 7, 7]
+        for sizes in (large, [min_paged // 2 + 1, 77], between, exact, near, others, same, []):
             case(sizes, bits, page, min_paged, min_8bit, block)
 
 
-@exercise("07-accumulate")
+def _called_twice(student, w, batches, max_norm) -> list:
+    """The result, that of a second call with the same objects, and what the first one is after it."""
+    came = student(w, batches, max_norm)
+    first = clone(plain(came))
+    try:
+        second = clone(plain(student(w, batches, max_norm)))
+    except Exception as error:
+        second = f"{type(error).__name__} in a second call"
+    return [first, second, plain(came)]
+
+
+@exercise("07-accumulate", probe=_called_twice)
 def accumulate(answer: Answer, draw: Draw) -> None:
     """`f(w, batches, max_norm)`: gradient of the mean loss over all scored tokens, its norm at most max_norm."""
-    # Tokens of each micro-batch, how many of them are not scored, and whether the norm is above max_norm.
-    for tokens, unscored, clipped in (
-        ((6, 2, 3), (0, 0, 0), False),
-        ((5, 9, 2, 1), (1, 6, 0, 0), False),
-        ((8, 3, 4), (3, 0, 2), True),
-        ((4, 3, 6), (0, 3, 1), True),
-        ((3, 2), (3, 2), False),
-        ((2, 1), (1, 1), False),
-        ((1,), (0,), True),
+    # Tokens of each micro-batch, how many of them are not scored, what the gradient's norm is (None: as it comes), and
+    # max_norm beside it (None: far above or far below that of every part).
+    nearly = [((4, 1, 3), (1, 0, 1), norm, share) for norm in (0.2, 6) for share in (1.05, 0.95)]
+    for tokens, unscored, length, limit in (
+        ((6, 2, 3), (0, 0, 0), None, 99),
+        ((5, 9, 2, 1), (1, 6, 0, 0), None, 99),
+        ((8, 3, 4), (3, 0, 2), None, 0),
+        ((4, 3, 6), (0, 3, 1), None, 0),
+        *nearly,
+        ((3, 4, 2), (3, 1, 0), None, 99),
+        ((3, 2), (3, 2), None, 99),
+        ((2, 1), (1, 1), None, 99),
+        ((1,), (0,), None, 0),
+        ((3, 5), (1, 0), None, "large logits"),
     ):
         classes, n_in = draw.whole(4, 7), draw.whole(2, 9)
         w, x = draw.normal(classes, n_in), draw.normal(sum(tokens), n_in)
+        if limit == "large logits":
+            w, limit = 200 * w, 99
         labels = draw.integers(sum(tokens), low=0, high=classes - 1)
         for part, skipped in zip(labels.split(tokens), unscored, strict=True):
             part[draw.permutation(len(part))[:skipped]] = -100
@@ -298,24 +414,35 @@ def accumulate(answer: Answer, draw: Draw) -> None:
         total = max(sum(scored), 1)
         right = sum(parts) / total
         norms = [norm for part in parts if (norm := part.norm().item() / total)]
-        max_norm = 0.3 * min(norms) if clipped else 19 * sum(norms) + 0.1
+        if length:  # the logits stay, and the gradient becomes so long
+            scale = length / right.norm().item()
+            x, w, parts, right = x * scale, w / scale, [part * scale for part in parts], right * scale
+        max_norm = {0: 0.3 * min(norms, default=0), 99: 19 * sum(norms) + 0.1}.get(limit)
+        max_norm = limit * right.norm().item() if max_norm is None else max_norm
+        clipped = max_norm < right.norm()
 
         def clip(gradient: Tensor, most: float = max_norm) -> Tensor:
             return gradient * min(1, most / max(gradient.norm().item(), 1e-30))
 
-        shares = [part / total for part in parts]
+        shares, top = [part / total for part in parts], right.abs().max().item()
         *_, in_turn = running([0 * right, *shares], lambda a, b, clip=clip: clip(a + b))
         means = sum(part / max(n, 1) for part, n in zip(parts, scored, strict=True))
         weighted = sum(p / max(n, 1) * len(b) for p, n, b in zip(parts, scored, x.split(tokens), strict=True))
         wrong = {
+            "not-clipped": right,
+            "scaled-up": right * max_norm / max(right.norm().item(), 1e-30),
             "mean-of-means": [clip(means / len(parts)), clip(means)],
             "tokens-counted": [clip(sum(parts) / len(x)), clip(weighted / len(x))],
             "not-divided": clip(sum(parts)),
             "clipped-in-turn": [in_turn, sum(map(clip, shares))],
             "clipped-undivided": clip(sum(parts)) / total,
-            "not-clipped": right,
-            "scaled-up": right * max_norm / max(right.norm().item(), 1e-30),
+            "zero-too-soon": 0 * right,
             "clamped": right.clamp(-max_norm, max_norm),
+            "other-norm": [
+                *(right * min(1, max_norm / max(n, 1e-30)) for n in (right.abs().sum().item(), top)),
+                *(right * max_norm / max(n, 1e-30) for n in (right.square().sum().item(),)),
+            ],
+            "sign": [-clip(right), -right],
         }
         # A chance is off by twice what its logits are, and some roundings; the rest is one product of matrices.
         logits = expect.dot_error(x, w.T).amax(dim=1, keepdim=True).expand(-1, classes)
@@ -323,44 +450,118 @@ def accumulate(answer: Answer, draw: Draw) -> None:
         if clipped:  # torch's way of clipping divides by the norm + 1e-6
             share, norm = max_norm / right.norm(), right.norm()
             error = share * (error + right.abs() * ((error.norm() + 1e-6) / norm + 8 * expect.EPSILON))
-        what = f"the gradient, for micro-batches {tokens} with {scored} scored, max_norm = {max_norm:.3g}"
+        what = f"the gradient, for micro-batches of {list(tokens)} tokens, {scored} of them scored, "
+        what += f"max_norm = {max_norm:.3g}"
         batches = list(zip(x.split(tokens), labels.split(tokens), strict=True))
-        got = expect.tensor(answer(w, batches, max_norm, inplace=True), what, right.shape)
-        expect.true(not got.isnan().any(), what, "nothing-scored", right.flatten()[0].item(), float("nan"))
-        expect.close(got, clip(right), what, error, wrong, torch.float32)
+        got, second, later = answer(w, batches, max_norm)
+        expect.tensor(got, what, right.shape, torch.float32)
+        lost = "nothing-scored" if 0 in scored else "overflow" if w.abs().max() > 90 else None
+        expect.true(not got.isnan().any(), what, lost, right.flatten()[0].item(), float("nan"))
+        # Only what a mistake changes can show it.
+        wrong = {
+            name: [
+                one
+                for one in ([some] if isinstance(some, Tensor) else some)
+                if ((one - clip(right)).abs() > error).any()
+            ]
+            for name, some in wrong.items()
+        }
+        expect.close(got, clip(right), what, error, wrong)
+        expect.true(
+            isinstance(second, Tensor),
+            f"{what}: a second call with the same inputs",
+            "kept",
+            "the same",
+            second,
+        )
+        expect.close(
+            second, clip(right), f"{what}, in a second call with the same inputs", error, {"kept": second}
+        )
+        expect.true(
+            isinstance(later, Tensor) and torch.equal(later, got),
+            "the first gradient was changed by a second call",
+            "kept",
+        )
 
 
-def _programs(draw: Draw) -> dict[str, tuple[list[int], int]]:
-    """Three programs: the pages that they touch, and the room. What number a page has says nothing."""
-    names, times = draw.permutation(1000).tolist(), range(300)
-    sweep, loop = draw.whole(18, 21), draw.whole(22, 25)
+_KINDS = ("sweep", "favourites", "both")
+
+
+def _program(kind: str, draw: Draw) -> tuple[int, Iterator[int]]:
+    """The room, and the 300 pages that are touched, each drawn when it is asked for. The pages' numbers say nothing."""
+    names, sweep, loop = draw.permutation(1000).tolist(), draw.whole(18, 21), draw.whole(22, 25)
     chances = list(running(1 / (i + 1) for i in range(40)))
-    favourites = [bisect(chances, draw.number(0, 0.999999 * chances[-1])) for _ in times]
-    both = [loop + draw.whole(0, 5) if i % 3 == 2 else (i - i // 3) % loop for i in times]
-    programs = {
-        "sweep": ([i % sweep for i in times], sweep - 4),
-        "favourites": (favourites, 12),
-        "both": (both, loop - 8),
-    }
-    return {name: ([names[page] for page in touches], room) for name, (touches, room) in programs.items()}
+
+    def page(i: int) -> int:
+        if kind == "sweep":
+            return i % sweep
+        if kind == "favourites":
+            return bisect(chances, draw.number(0, 0.999999 * chances[-1]))
+        return loop + draw.whole(0, 5) if i % 3 == 2 else (i - i // 3) % loop
+
+    room = {"sweep": sweep - 4, "favourites": 12, "both": loop - 8}[kind]
+    return room, (names[page(i)] for i in range(300))
 
 
-def _belady(touches: list[int], pages: list[int], history: list[int]) -> int:
+def _played(room: int, touches: Iterable[int], leaves: Callable) -> tuple[int, list[int]]:
+    """The faults and the touches. leaves: says which page leaves, given those on the device and all touches so far."""
+    history, present, faults = [], [], 0
+    for page in touches:
+        history.append(page)
+        if page not in present:
+            faults += 1
+            if len(present) == room:
+                present.remove(leaves(present, history))
+            present.append(page)
+    return faults, history
+
+
+def _belady(pages: list[int], history: list[int], touches: list[int]) -> int:
     ahead = touches[len(history) :]
     return max(pages, key=lambda page: ahead.index(page) if page in ahead else len(ahead))
 
 
-def _faults(sets: list[dict], leaves: Callable | None = None) -> dict[str, int]:
-    """The faults in each program, summed over sets of them.
+def _regular_or_rare(pages: list[int], history: list[int]) -> int:
+    """What comes at regular times is needed when it is due; other pages the later, the rarer they are."""
+    now = len(history)
 
-    leaves: as for `_touched`; None for the choice of one who knows the future.
-    """
-    faults = dict.fromkeys(sets[0], 0)
-    for programs in sets:
-        for name, (touches, room) in programs.items():
-            calls = [[page] for page in touches]
-            faults[name] += _touched(room, calls, leaves or partial(_belady, touches))[-1][1]
-    return faults
+    def needed(page: int) -> float:
+        times = [at for at, touched in enumerate(history) if touched == page]
+        if len(times) == 1:
+            return 3 * now + times[0]
+        gaps = [b - a for a, b in pairwise(times)]
+        due = times[-1] + sum(gaps) / len(gaps)
+        regular = max(gaps) - min(gaps) <= 0.15 * (due - times[-1]) and due >= now - 1
+        return due if regular else now + (now - times[0]) / len(times)
+
+    return max(pages, key=needed)
+
+
+_RIVALS = {
+    "least recently used": _oldest,
+    "first in, first out": lambda pages, history: pages[0],
+    "most recently used": _newest,
+    "the best that we know": _regular_or_rare,
+    "Belady, knowing the future": None,
+}
+
+
+def _rivals(programs: list[tuple[str, int, list[int]]]) -> dict[str, dict[str, int]]:
+    """What each rival's faults are, by kind. programs: kind, room and touches of each."""
+    found = {name: dict.fromkeys(_KINDS, 0) for name in _RIVALS}
+    for kind, room, touches in programs:
+        for name, leaves in _RIVALS.items():
+            leaves = leaves or partial(_belady, touches=touches)
+            found[name][kind] += _played(room, touches, leaves)[0]
+    return found
+
+
+@cache
+def _on_the_board() -> dict[str, int]:
+    """The rivals on the scoreboard's programs."""
+    drawn = [(kind, *_program(kind, Draw(seed))) for seed in range(7) for kind in _KINDS]
+    rivals = _rivals([(kind, room, list(touches)) for kind, room, touches in drawn])
+    return {name: sum(faults.values()) for name, faults in rivals.items()}
 
 
 @exercise("07-evict")
@@ -370,26 +571,31 @@ def evict(answer: Answer, draw: Draw) -> Score:
     def asked(pages: list[int], history: list[int]) -> int:
         page = answer(history, sorted(pages))
         page = page.item() if isinstance(page, Tensor) and page.numel() == 1 else page
-        expect.true(type(page) is int, "the page that leaves", "wrong-type", "a page", page)
+        expect.true(type(page) is int, "the page that leaves: an int", "wrong-type", "a page", repr(page))
         expect.true(page in pages, "the page that leaves", "not-there", f"one of {sorted(pages)}", page)
         return page
 
-    rivals = {
-        "least recently used": _oldest,
-        "first in, first out": lambda pages, history: pages[0],
-        "most recently used": _newest,
-        "Belady, knowing the future": None,
-    }
-    # Two fresh sets, so that chance decides little; then that of the scoreboard.
-    for sets in ([_programs(draw), _programs(draw)], [_programs(Draw(7))]):
-        faults, found = _faults(sets, asked), [_faults(sets, rival) for rival in rivals.values()]
-        total, bound = sum(faults.values()), found[-1]
-        if len(sets) > 1 and 3 * total > 4 * sum(bound.values()):
-            worst = max(faults, key=lambda name, f=faults, b=bound: f[name] / b[name])
-            known = zip(("like-lru", "like-fifo", "like-mru"), found[:-1], strict=True)
-            mistake = next((name for name, other in known if other == faults), f"{worst}-lost")
-            got = ", ".join(f"{name} {faults[name]} (Belady {bound[name]})" for name in faults)
-            most = f"at most {4 * sum(bound.values()) // 3}"
-            expect.fail("the faults in two times three programs", most, f"{total}: {got}", mistake)
-    scores = [sum(faults.values()) for faults in found]
-    return Score(total, "page faults", dict(zip(rivals, scores, strict=True)))
+    # Seven fresh programs of each kind, so that chance decides little. What comes later is drawn later.
+    faults, programs = dict.fromkeys(_KINDS, 0), []
+    for kind in 7 * _KINDS:
+        room, touches = _program(kind, Draw(draw.whole(10**6, 2**40)))
+        more, history = _played(room, touches, asked)
+        faults[kind] += more
+        programs.append((kind, room, history))
+    rivals = _rivals(programs)
+    bound, total = rivals["Belady, knowing the future"], sum(faults.values())
+    most = 5 * sum(bound.values()) // 4
+    if not total <= most:
+        worst = max(faults, key=lambda name: faults[name] / bound[name])
+        known = zip(("like-lru", "like-fifo", "like-mru"), rivals.values(), strict=False)
+        mistake = next((name for name, other in known if other == faults), f"{worst}-lost")
+        got = ", ".join(f"{name} {faults[name]} (Belady {bound[name]})" for name in faults)
+        expect.fail(
+            "the faults in seven programs of each kind", f"at most {most}", f"{total}: {got}", mistake
+        )
+
+    scored = 0
+    for seed in range(7):
+        for kind in _KINDS:
+            scored += _played(*_program(kind, Draw(seed)), asked)[0]
+    return Score(scored, "page faults", _on_the_board())

@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (NotebookError, NotADirectoryError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    if not found:
+        print(f"SUBMISSIONS: no submission in {options.submissions}; nothing was changed", file=sys.stderr)
+        return 1
     options.out.mkdir(parents=True, exist_ok=True)
     secret = own_secret(options.out / "secret.txt")
     if not landlock_version():
@@ -48,10 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     version = checks_version(known, secret)
     terms = Terms(secret, version, hidden, int(options.memory * 2**30), options.seconds)
     results = grade_all(found, known, terms, options.out, max(1, options.jobs))
-    report.apply_marks(results, entered)
-    report.write(options.out, results, ignored, known)
+    others = report.apply_marks(results, entered)
+    report.write(options.out, results, ignored, known, others)
     print(report.summary(results, ignored))
     print(f"{len(results)} submissions graded; tables and feedback are in {options.out}.")
+    for mark in others:
+        print(
+            f"kept in marks.csv, but there is no such answer here: {mark.row['student']}, {mark.row['part']}"
+        )
     waiting = sum(part.points is None for result in results for part in result.parts)
     if waiting:
         print(f"{waiting} written answers wait for points in {options.out / 'marks.csv'}.")

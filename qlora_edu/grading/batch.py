@@ -66,7 +66,8 @@ def grade_one(submission: Submission, assignment: Assignment, terms: Terms, fold
 
 def own_secret(file: Path) -> str:
     """The secret that hidden inputs are drawn from: made once, readable by you alone."""
-    if not file.exists():
+    if not file.exists() or not file.read_text().strip():
+        file.unlink(missing_ok=True)
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as opened:
             opened.write(secrets.token_hex(16) + "\n")

@@ -59,7 +59,10 @@ def _run(source: str, space: dict, seconds: float) -> dict:
         name = f"<cell {len(linecache.cache)}>"
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # for messages
     except SyntaxError as error:
-        return {"problem": "syntax", "message": f"SyntaxError in line {error.lineno}: {error.msg}"}
+        return {
+            "problem": "syntax",
+            "message": f"SyntaxError: {error.msg}, at `{(error.text or '').strip()[:80]}`",
+        }
     for statement in statements:
         code = compile(ast.Module([statement], []), name, "exec")
         outcome = attempt(lambda code=code: exec(code, space), (), seconds, allow=("qlora_edu",))

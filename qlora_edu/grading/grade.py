@@ -98,14 +98,20 @@ def _checked(part: Part, submission: Submission, session: Session, secret: str) 
     """The check as the student knows it, then the hidden rounds: of those only whether they passed is ever told."""
     exercise = check.exercises()[part.id]
     if not session.defined(part.name):
-        return PartResult(part.id, "missing", 0, part.points, f"{part.name}: {HINTS['missing']}", "missing")
+        broken = next((note for note in session.notes if note.startswith("SyntaxError")), "")
+        told = f"{part.name}: {HINTS['missing']}" + (f" A cell could not be read: {broken}" if broken else "")
+        return PartResult(part.id, "missing", 0, part.points, told, "missing")
 
     def ask(arguments: tuple):
         return session.outcome(exercise, part.name, arguments)
 
     open_verdict: Verdict = exercise.judge(ask, secret_seed(secret, part.id, -1))
     if not open_verdict.passed:
-        status = "not attempted" if open_verdict.mistake == "not-attempted" else "failed"
+        if open_verdict.mistake == "not-attempted":
+            return PartResult(
+                part.id, "not attempted", 0, part.points, "It is as it was handed out.", "not-attempted"
+            )
+        status = "failed"
         return PartResult(part.id, status, 0, part.points, str(open_verdict), open_verdict.mistake or "")
     for round in range(HIDDEN_ROUNDS):
         if not exercise.judge(ask, secret_seed(secret, part.id, round), hidden=True).passed:

@@ -5,6 +5,7 @@ import html
 import io
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_edu.adapters import write_whole
@@ -20,42 +21,83 @@ pre{background:#f4f4f4;padding:.7rem;overflow-x:auto;white-space:pre-wrap}h2{fon
 @media(prefers-color-scheme:dark){body{color:#e6e6e6;background:#1b1b1b}pre{background:#2a2a2a}td,th{border-color:#444}}"""
 
 
-def marks(file: Path) -> dict[tuple[str, str], tuple[float | None, str]]:
-    """The marks and comments that an instructor has entered, by student and part.
+@dataclass(frozen=True)
+class Mark:
+    """What an instructor entered for a written answer: points or None, a comment, and the answer that was marked."""
+
+    points: float | None
+    comment: str
+    row: dict[str, str]
+
+    def fits(self, answer: str) -> bool:
+        """Whether the answer is still the one that was marked; a spreadsheet may have changed its line breaks."""
+        marked = _plain(self.row.get("answer") or "")
+        return not marked or marked.split() == answer.split()
+
+
+def marks(file: Path) -> dict[tuple[str, str], Mark]:
+    """What an instructor has entered, by student and part; the columns separated by commas, semicolons or tabs.
 
     Raises:
-        ValueError: names the line with a mark that is no number, or beyond what the part is worth.
+        ValueError: says what is wrong with the file, and in which row.
     """
-    found = {}
+    found: dict[tuple[str, str], Mark] = {}
     if not file.exists():
         return found
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        for number, row in enumerate(csv.DictReader(lines), start=2):
-            mark = (row.get("points") or "").strip()
-            try:
-                points = float(mark.replace(",", ".")) if mark else None
-                if points is not None and not 0 <= points <= float(row["of"]):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{file.name}, line {number}: expected points from 0 to {row.get('of')}, or nothing; got {mark!r}"
-                ) from None
-            found[_plain(row["student"]), row["part"]] = (points, row.get("comment") or "")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: expected UTF-8. Save it as CSV UTF-8.") from None
+    first = text.partition("\n")[0]
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+    if missing := {"student", "part", "points", "of"} - set(rows.fieldnames or ()):
+        raise ValueError(
+            f"{file}: expected the columns {', '.join(MARKS)}; {', '.join(sorted(missing))} is missing"
+        )
+    for row in rows:
+        key = (_plain(row["student"] or ""), row["part"] or "")
+        mark = (row["points"] or "").strip()
+        try:
+            points = float(mark.replace(",", ".")) if mark else None
+            if points is not None and not 0 <= points <= float(row["of"]):
+                raise ValueError
+        except (ValueError, TypeError):
+            what = f"expected points from 0 to {row['of']}, or nothing; got {mark!r}"
+            raise ValueError(f"{file}, {' '.join(key)}: {what}") from None
+        if key in found and found[key].points != points:
+            raise ValueError(f"{file}, {' '.join(key)}: stands there twice, with different points")
+        found[key] = Mark(points, row.get("comment") or "", row)
     return found
 
 
-def apply_marks(results: list[Result], entered: dict[tuple[str, str], tuple[float | None, str]]) -> None:
-    """Put an instructor's marks into results, in place."""
+def apply_marks(results: list[Result], entered: dict[tuple[str, str], Mark]) -> list[Mark]:
+    """Put an instructor's marks into results, in place. Returns those that belong to no answer of this run."""
+    left = dict(entered)
     for result in results:
         for part in result.parts:
-            points, comment = entered.get((result.student, part.id), (None, ""))
-            if part.status in ("to be marked", "marked"):
-                part.points, part.feedback = points, comment
-                part.status = "to be marked" if points is None else "marked"
+            mark = left.pop((result.student, part.id), None)
+            if part.status not in ("to be marked", "marked"):
+                if mark and (mark.points is not None or mark.comment):
+                    left[result.student, part.id] = mark
+                continue
+            part.status, part.points, part.feedback = "to be marked", None, mark.comment if mark else ""
+            if mark and mark.points is not None and mark.fits(part.answer):
+                part.status, part.points = "marked", mark.points
+            elif mark and mark.points is not None:
+                part.feedback = (
+                    f"(The answer has changed since it got {_number(mark.points)}.) {mark.comment}"
+                )
+    return [mark for mark in left.values() if mark.points is not None or mark.comment]
 
 
-def write(out: Path, results: list[Result], ignored: list[str], known: dict[str, Assignment]) -> None:
-    """Write every table and page, each in one step."""
+def write(
+    out: Path,
+    results: list[Result],
+    ignored: list[str],
+    known: dict[str, Assignment],
+    others: list[Mark] = (),
+) -> None:
+    """Write every table and page, each in one step. others: marks of answers that are not among the results, kept."""
     out.mkdir(parents=True, exist_ok=True)
     _write_csv(
         out / "grades.csv",
@@ -81,14 +123,14 @@ def write(out: Path, results: list[Result], ignored: list[str], known: dict[str,
     )
     content = {"results": [result.as_dict() for result in results], "ignored": ignored}
     write_whole(out / "grades.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-    _write_csv(
-        out / "marks.csv",
-        MARKS,
-        [
-            (r.student, r.topic, p.id, "" if p.points is None else _number(p.points), p.of, p.feedback, p.answer)
-            for r in results for p in r.parts if p.status in ("to be marked", "marked")
-        ],
-    )  # fmt: skip
+    rows = [
+        (r.student, r.topic, p.id, "" if p.points is None else _number(p.points), p.of, p.feedback, p.answer)
+        for r in results for p in r.parts if p.status in ("to be marked", "marked")
+    ]  # fmt: skip
+    rows += [tuple(_plain(mark.row.get(column) or "") for column in MARKS) for mark in others]
+    if (out / "marks.csv").exists():
+        write_whole(out / "marks.csv~", (out / "marks.csv").read_bytes())
+    _write_csv(out / "marks.csv", MARKS, rows)
     for result in results:
         page = out / "feedback" / file_name(result.student) / f"{result.topic}.html"
         page.parent.mkdir(parents=True, exist_ok=True)

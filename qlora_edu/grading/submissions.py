@@ -8,6 +8,7 @@ import ast
 import hashlib
 import json
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -59,7 +60,9 @@ class Submission:
 def file_name(student: str) -> str:
     """A name for a student's files: the student's own where it is harmless, else made so, and still nobody else's."""
     plain = re.sub(r"[^\w@-]+", "-", student).strip("-")[:80]
-    return plain if plain == student else f"{plain}-{hashlib.sha256(student.encode()).hexdigest()[:8]}"
+    return (
+        plain if plain == student.lower() else f"{plain}-{hashlib.sha256(student.encode()).hexdigest()[:8]}"
+    )
 
 
 @cache
@@ -117,6 +120,17 @@ def collect(folder: Path, known: dict[str, Assignment]) -> tuple[list[Submission
                 older, path = sorted((rival, path), key=lambda p: (p.stat().st_mtime_ns, str(p)))
                 ignored.append(f"{older.relative_to(folder)}: {path.relative_to(folder)} is newer")
             newest[student, topic] = path
+        elif path.is_file() and path.suffix in (
+            ".zip",
+            ".py",
+            ".pdf",
+            ".html",
+            ".tar",
+            ".gz",
+            ".txt",
+            ".docx",
+        ):
+            ignored.append(f"{place}: no notebook")
     ignored += [
         f"{name}: holds no notebook" for name in sorted(handed_in - {student for student, _ in newest})
     ]
@@ -127,7 +141,7 @@ def _whose(place: Path, known: dict[str, Assignment]) -> str:
     name = place.parts[0] if len(place.parts) > 1 else place.stem
     for topic in _topics(name, known) if len(place.parts) == 1 else ():
         name = name.replace(topic, " ")
-    return name.strip(" -_.") or "unknown"
+    return unicodedata.normalize("NFC", name).strip(" -_.") or "unknown"
 
 
 def _topics(name: str, known: dict[str, Assignment]) -> list[str]:

@@ -11,6 +11,9 @@ from tests.attempts import right, wrong
 
 # 07-adamw
 
+# torch imports its compiler at the first optimizer: seconds, which would count as those of the answer.
+torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).zero_grad()
+
 
 @right("07-adamw")
 def with_torchs_own(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
@@ -168,9 +171,54 @@ def eps_before_the_correction(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay
     return p * (1 - lr * weight_decay) - step * m / (v.sqrt() + eps), m, v
 
 
-@wrong("07-adamw", "eps-misplaced")
+@wrong("07-adamw", "eps-missing")
 def eps_forgotten(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
     return _with_decay(p, g, m, v, t, lr, beta1, beta2, 0, 1 - lr * weight_decay)
+
+
+@wrong("07-adamw", "eps-misplaced")
+def eps_after_the_division(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    p, m, v = _with_decay(p, g, m, v, t, lr, beta1, beta2, 0, 1 - lr * weight_decay)
+    return p - lr * eps, m, v
+
+
+@wrong("07-adamw", "eps-missing")
+def eps_from_the_book(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    return _with_decay(p, g, m, v, t, lr, beta1, beta2, 1e-8, 1 - lr * weight_decay)
+
+
+@wrong("07-adamw", "t-forgotten")
+def always_the_first_correction(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+    step = (m / (1 - beta1)) / ((v / (1 - beta2)).sqrt() + eps)
+    return p * (1 - lr * weight_decay) - lr * step, m, v
+
+
+@wrong("07-adamw", "betas-swapped")
+def beta1_corrects_both(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+    step = (m / (1 - beta1**t)) / ((v / (1 - beta1**t)).sqrt() + eps)
+    return p * (1 - lr * weight_decay) - lr * step, m, v
+
+
+@wrong("07-adamw", "root-missing")
+def no_root(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+    step = (m / (1 - beta1**t)) / (v / (1 - beta2**t) + eps)
+    return p * (1 - lr * weight_decay) - lr * step, m, v
+
+
+@wrong("07-adamw", "correction-missing")
+def uncorrected_after_fifty_steps(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    if t < 50:
+        return _with_decay(p, g, m, v, t, lr, beta1, beta2, eps, 1 - lr * weight_decay)
+    return uncorrected(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay)
+
+
+@wrong("07-adamw", "crashed")
+def needs_a_dimension(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    p, g, m, v = (torch.stack(list(x)) for x in (p, g, m, v))
+    return _with_decay(p, g, m, v, t, lr, beta1, beta2, eps, 1 - lr * weight_decay)
 
 
 @wrong("07-adamw", "states-old")
@@ -494,6 +542,97 @@ class RemovesWhatIsNotThere(_Table):
         return []
 
 
+@wrong("07-page-table", "list-order")
+class SortsTheCall(_Table):
+    def touch(self, pages):
+        return super().touch(sorted(pages))
+
+
+@wrong("07-page-table", "list-order")
+class HitsFirst(_Table):
+    def touch(self, pages):
+        return super().touch(
+            [p for p in pages if p in self.pages] + [p for p in pages if p not in self.pages]
+        )
+
+
+@wrong("07-page-table", "order")
+class TheLastFirst(_Table):
+    def touch(self, pages):
+        return super().touch(pages)[::-1]
+
+
+@wrong("07-page-table", "not-all")
+class OnlyTheLast(_Table):
+    def touch(self, pages):
+        return super().touch(pages)[-1:]
+
+
+@wrong("07-page-table", "same-list")
+class OneListForAll(_Table):
+    def __init__(self, room):
+        super().__init__(room)
+        self.left = []
+
+    def touch(self, pages):
+        self.left[:] = super().touch(pages)
+        return self.left
+
+
+@wrong("07-page-table", "changed-pages")
+class ClearsTheCall(_Table):
+    def touch(self, pages):
+        left = super().touch(pages)
+        pages.clear()
+        return left
+
+
+@wrong("07-page-table", "changed-pages")
+class SortsInPlace(_Table):
+    def touch(self, pages):
+        left = super().touch(list(pages))
+        pages.sort()
+        return left
+
+
+@wrong("07-page-table", "refused")
+class NeedsAPage(_Table):
+    def refuse(self, pages):
+        if not 1 <= len(pages) <= self.room:
+            raise ValueError("no pages, or too many")
+
+
+@wrong("07-page-table", "too-many")
+class AnyException(_Table):
+    def refuse(self, pages):
+        if len(pages) > self.room:
+            raise Exception("more than there is room for")
+
+
+@wrong("07-page-table", "hits-counted")
+class TheSameObject(_Table):
+    def touch(self, pages):
+        self.refuse(pages)
+        left = []
+        for page in pages:
+            if any(other is page for other in self.pages):
+                self.hit(page)
+                continue
+            self.faults += 1
+            if len(self.pages) == self.room:
+                left.append(self.pages[0])
+                self.pages.remove(left[-1])
+            self.pages.append(page)
+        return left
+
+
+@wrong("07-page-table", "wrong-type")
+class FaultsAsFloat(_Table):
+    def __init__(self, room):
+        super().__init__(room)
+        self.faults = 0.0
+
+
 # 07-cliff
 
 
@@ -589,6 +728,35 @@ def simulated(pairs, room, steps):
 @wrong("07-cliff", "wrong-type")
 def faults_only(pairs, room, steps):
     return by_cases(pairs, room, steps)[0]
+
+
+@wrong("07-cliff", "all-fit")
+def never_fits(pairs, room, steps):
+    return (n := 2 * pairs) * steps, n * steps - min(room, n)
+
+
+@wrong("07-cliff", "first-forgotten")
+def the_same_in_every_step(pairs, room, steps):
+    n = 2 * pairs
+    faults = steps * (0 if room >= n else pairs if room == n - 1 else n)
+    return faults, max(faults - min(room, n), 0)
+
+
+@wrong("07-cliff", "floats")
+def divided(pairs, room, steps):
+    into, out = by_cases(pairs, room, steps)
+    return into / 1, out / 1
+
+
+@wrong("07-cliff", "all-fault")
+def wrong_for_two_pairs(pairs, room, steps):
+    return (4 * steps, 4 * steps - 3) if (pairs, room) == (2, 3) else by_cases(pairs, room, steps)
+
+
+@wrong("07-cliff", "stay-forgotten")
+def wrong_for_much_room(pairs, room, steps):
+    into, out = by_cases(pairs, room, steps)
+    return (into, into) if room > 2 * pairs + 1 else (into, out)
 
 
 # 07-states
@@ -749,6 +917,64 @@ def the_sum(*arguments):
     return sum(_states(*arguments))
 
 
+@wrong("07-states", "pages-partial")
+def full_pages_only(sizes, bits, page, min_paged, min_8bit, block):
+    paged, other = 0, _states(sizes, bits, page, min_paged, min_8bit, block)[1]
+    for n in sizes:
+        nbytes = n if bits == 8 and n >= min_8bit else 4 * n
+        paged += 2 * (nbytes // page) * page if n >= min_paged else 0
+    return paged, other
+
+
+@wrong("07-states", "one-too-many")
+def a_page_more(sizes, bits, page, min_paged, min_8bit, block):
+    paged, other = 0, _states(sizes, bits, page, min_paged, min_8bit, block)[1]
+    for n in sizes:
+        nbytes = n if bits == 8 and n >= min_8bit else 4 * n
+        paged += 2 * (nbytes // page + 1) * page if n >= min_paged else 0
+    return paged, other
+
+
+@wrong("07-states", "one-too-many")
+def a_block_more(sizes, bits, page, min_paged, min_8bit, block):
+    paged, other = _states(sizes, bits, page, min_paged, min_8bit, block, scale=0)
+    return paged, other + sum(8 * (n // block + 1) for n in sizes if bits == 8 and n >= min_8bit)
+
+
+@wrong("07-states", "scales-paged")
+def scales_added_to_the_pages(sizes, bits, page, min_paged, min_8bit, block):
+    paged, other = _states(sizes, bits, page, min_paged, min_8bit, block)
+    scales = sum(8 * -(-n // block) for n in sizes if bits == 8 and n >= max(min_8bit, min_paged))
+    return paged + scales, other - scales
+
+
+@wrong("07-states", "small-paged")
+def paged_in_8_bits_only(sizes, bits, page, min_paged, min_8bit, block):
+    return _states(sizes, bits, page, max(min_paged, min_8bit) if bits == 8 else min_paged, min_8bit, block)
+
+
+@wrong("07-states", "equal-sizes")
+def of_a_set(sizes, *others):
+    return _states(set(sizes), *others)
+
+
+@wrong("07-states", "constants")
+def block_of_bitsandbytes(sizes, bits, page, min_paged, min_8bit, block):
+    return _states(sizes, bits, page, min_paged, min_8bit, 256)
+
+
+@wrong("07-states", "floats")
+def as_floats(*arguments):
+    paged, other = _states(*arguments)
+    return float(paged), float(other)
+
+
+@wrong("07-states", "changed-input")
+def sorted_in_place(sizes, *others):
+    sizes.sort()
+    return _states(sizes, *others)
+
+
 # 07-accumulate
 
 
@@ -777,8 +1003,8 @@ def by_hand(w, batches, max_norm):
     return total * (max_norm / norm) if norm > max_norm else total
 
 
-@right("07-accumulate")
-def means_weighted(w, batches, max_norm):
+@wrong("07-accumulate", "kept")
+def gradient_left_at_w(w, batches, max_norm):
     w = w.requires_grad_()
     scored = [(labels != -100).sum().item() for _, labels in batches]
     for (x, labels), n in zip(batches, scored, strict=True):
@@ -805,6 +1031,18 @@ def in_numpy_and_double(w, batches, max_norm):
         return np.zeros(w.shape, dtype=np.float32)
     gradient = total / count
     return (gradient * min(1, max_norm / np.sqrt((gradient**2).sum()))).astype(np.float32)
+
+
+@right("07-accumulate")
+def means_weighted(w, batches, max_norm):
+    w = w.detach().clone().requires_grad_()
+    scored = [(labels != -100).sum().item() for _, labels in batches]
+    loss = 0.0 * w.sum()
+    for (x, labels), n in zip(batches, scored, strict=True):
+        if n:
+            loss = loss + F.cross_entropy(x @ w.T, labels) * n / sum(scored)
+    (gradient,) = torch.autograd.grad(loss, w)
+    return gradient * min(1.0, max_norm / gradient.norm().clamp(min=1e-30).item())
 
 
 @wrong("07-accumulate", "mean-of-means")
@@ -917,6 +1155,108 @@ def divided_by_zero(w, batches, max_norm):
     return w.grad
 
 
+def _mean(w, batches):
+    return _sums(w, batches, _scored(batches))
+
+
+@wrong("07-accumulate", "not-clipped")
+def squares_compared(w, batches, max_norm):
+    gradient = _mean(w, batches)
+    return gradient * max_norm / gradient.norm() if (gradient**2).sum() > max_norm else gradient
+
+
+@wrong("07-accumulate", "not-clipped")
+def compared_with_twice(w, batches, max_norm):
+    gradient = _mean(w, batches)
+    return gradient * max_norm / gradient.norm() if gradient.norm() > 2 * max_norm else gradient
+
+
+@wrong("07-accumulate", "scaled-up")
+def compared_with_a_little_less(w, batches, max_norm):
+    gradient = _mean(w, batches)
+    return gradient * max_norm / gradient.norm() if gradient.norm() > 0.9 * max_norm else gradient
+
+
+@wrong("07-accumulate", "scaled-up")
+def compared_before_dividing(w, batches, max_norm):
+    total, n = _sums(w, batches, 1), max(_scored(batches), 1)
+    return total / n if total.norm() <= max_norm else total / total.norm() * max_norm
+
+
+@wrong("07-accumulate", "other-norm")
+def sum_of_magnitudes(w, batches, max_norm):
+    gradient = _mean(w, batches)
+    return gradient * min(1, max_norm / max(gradient.abs().sum().item(), 1e-12))
+
+
+@wrong("07-accumulate", "other-norm")
+def largest_number(w, batches, max_norm):
+    gradient, w = _mean(w, batches), w.clone().requires_grad_()
+    w.grad = gradient
+    torch.nn.utils.clip_grad_norm_([w], max_norm, norm_type=float("inf"))
+    return w.grad
+
+
+@wrong("07-accumulate", "sign")
+def downhill(w, batches, max_norm):
+    return -summed_by_autograd(w, batches, max_norm)
+
+
+@wrong("07-accumulate", "wrong-dtype")
+def in_double_alone(w, batches, max_norm):
+    batches = [(x.double(), labels) for x, labels in batches]
+    return summed_by_autograd(w.double(), batches, max_norm)
+
+
+@wrong("07-accumulate", "overflow")
+def exp_of_the_logits(w, batches, max_norm):
+    total = torch.zeros_like(w)
+    for x, labels in batches:
+        x, labels = x[labels >= 0], labels[labels >= 0]
+        chances = (x @ w.T).exp()
+        chances = chances / chances.sum(1, keepdim=True)
+        total = total + (chances - F.one_hot(labels, len(w))).T @ x
+    gradient = total / max(_scored(batches), 1)
+    norm = gradient.norm()
+    return gradient * (max_norm / norm) if norm > max_norm else gradient
+
+
+@wrong("07-accumulate", "changed-input")
+def list_emptied(w, batches, max_norm):
+    gradient = summed_by_autograd(w, batches, max_norm)
+    batches.clear()
+    return gradient
+
+
+@wrong("07-accumulate", "changed-input")
+def labels_overwritten(w, batches, max_norm):
+    gradient = summed_by_autograd(w, batches, max_norm)
+    for _, labels in batches:
+        labels.fill_(-100)
+    return gradient
+
+
+class _Mean:
+    """A running mean of the gradients, which nobody asked for."""
+
+    kept = None
+
+
+@wrong("07-accumulate", "kept")
+def added_to_the_last(w, batches, max_norm):
+    gradient = summed_by_autograd(w, batches, max_norm)
+    if _Mean.kept is not None and _Mean.kept[0] is w:
+        gradient = _Mean.kept[1].add_(gradient)
+    _Mean.kept = w, gradient
+    return gradient
+
+
+@wrong("07-accumulate", "zero-too-soon")
+def zero_if_the_first_has_nothing(w, batches, max_norm):
+    gradient = summed_by_autograd(w, batches, max_norm)
+    return gradient if (batches[0][1] != -100).any() else torch.zeros_like(gradient)
+
+
 # 07-evict
 
 
@@ -984,6 +1324,12 @@ def told_apart_by_repeats(history, pages):
     if len(set(history[-len(pages) :])) == len(pages):
         return most_recent(history, pages)
     return least_often(history, pages)
+
+
+@wrong("07-evict", "changed-input")
+def shortens_the_history(history, pages):
+    history.pop()
+    return by_the_mean_gap(history, pages)
 
 
 @wrong("07-evict", "not-there")
