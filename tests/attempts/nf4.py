@@ -231,6 +231,38 @@ def double(bits, offset):
     return _scaled(_levels(bits, offset)).double()
 
 
+@wrong("04-codebook", "bits-ignored")
+def five_bits_at_most(bits, offset):
+    _checked(offset)
+    return _scaled(_levels(min(bits, 5), offset))
+
+
+@wrong("04-codebook", "offset-ignored")
+def nf4s_for_four_bits(bits, offset):
+    _checked(offset)
+    return _scaled(_levels(bits, 0.9677083 if bits == 4 else offset))
+
+
+@wrong("04-codebook", "offset-refused")
+def offsets_of_06_and_less(bits, offset):
+    _checked((offset - 0.6) / 0.8 + 0.5)
+    return _scaled(_levels(bits, offset))
+
+
+@wrong("04-codebook", "offset-refused")
+def offsets_of_099_and_more(bits, offset):
+    _checked(offset)
+    if offset >= 0.9997:
+        raise ValueError("too close to 1")
+    return _scaled(_levels(bits, offset))
+
+
+@wrong("04-codebook", "no-tensor")
+def a_list(bits, offset):
+    _checked(offset)
+    return _scaled(_levels(bits, offset)).tolist()
+
+
 # 04-nearest
 
 
@@ -347,6 +379,52 @@ def as_int8(x, levels):
     return torch.bucketize(x, (levels[:-1] + levels[1:]) / 2).to(torch.int8)
 
 
+@wrong("04-nearest", "tie-upper")
+def ties_away_from_zero(x, levels):
+    lower = torch.bucketize(x.contiguous(), (levels[:-1] + levels[1:]) / 2)
+    upper = torch.bucketize(x.contiguous(), (levels[:-1] + levels[1:]) / 2, right=True)
+    return torch.where(x > 0, upper, lower).to(torch.uint8)
+
+
+@wrong("04-nearest", "tie-upper")
+def ties_toward_zero(x, levels):
+    lower = torch.bucketize(x.contiguous(), (levels[:-1] + levels[1:]) / 2)
+    upper = torch.bucketize(x.contiguous(), (levels[:-1] + levels[1:]) / 2, right=True)
+    return torch.where(x < 0, upper, lower).to(torch.uint8)
+
+
+@wrong("04-nearest", "tie-upper")
+def a_tie_at_zero_goes_up(x, levels):
+    lower = torch.bucketize(x.contiguous(), (levels[:-1] + levels[1:]) / 2)
+    upper = torch.bucketize(x.contiguous(), (levels[:-1] + levels[1:]) / 2, right=True)
+    return torch.where(x == 0, upper, lower).to(torch.uint8)
+
+
+@wrong("04-nearest", "not-contiguous")
+def seen_as_one_row(x, levels):
+    return torch.bucketize(x.view(-1), (levels[:-1] + levels[1:]) / 2).to(torch.uint8).view(x.shape)
+
+
+@wrong("04-nearest", "not-exact")
+def in_bfloat16(x, levels):
+    return (x.bfloat16()[..., None] - levels.bfloat16()).abs().argmin(-1).to(torch.uint8)
+
+
+@wrong("04-nearest", "crashed")
+def without_empty_ones(x, levels):
+    return torch.stack([(number - levels).abs().argmin() for number in x.reshape(-1)]).reshape(x.shape).byte()
+
+
+@wrong("04-nearest", "crashed")
+def without_a_dimension(x, levels):
+    return torch.cat([(row[..., None] - levels).abs().argmin(-1)[None] for row in x]).byte()
+
+
+@wrong("04-nearest", "no-tensor")
+def nested_lists(x, levels):
+    return (x[..., None] - levels).abs().argmin(-1).tolist()
+
+
 # 04-pack
 
 
@@ -444,6 +522,30 @@ def unpacked(codes, filler):
 def wide(codes, filler):
     codes = _filled(codes, filler).long()
     return codes[::2] * 16 + codes[1::2]
+
+
+@wrong("04-pack", "filler-ignored")
+def zero_taken_for_none(codes, filler):
+    codes = _filled(codes, filler or 7)
+    return (codes[::2] << 4) | codes[1::2]
+
+
+@wrong("04-pack", "filler-ignored")
+def fillers_to_14(codes, filler):
+    codes = _filled(codes, min(filler, 14))
+    return (codes[::2] << 4) | codes[1::2]
+
+
+@wrong("04-pack", "no-tensor")
+def bytes_of_python(codes, filler):
+    codes = _filled(codes, filler)
+    return ((codes[::2] << 4) | codes[1::2]).tolist()
+
+
+@wrong("04-pack", "wrong-shape")
+def at_most_32_bytes(codes, filler):
+    codes = _filled(codes, filler)
+    return ((codes[::2] << 4) | codes[1::2])[:32]
 
 
 # 04-quantize
@@ -698,7 +800,7 @@ def filled_with_code_0(weight, levels, block_size):
     )
 
 
-@wrong("04-quantize", "wrong-type")
+@wrong("04-quantize", "no-pair")
 def codes_only(weight, levels, block_size):
     return _quantize(weight, levels, block_size)[0]
 
@@ -715,6 +817,57 @@ def divides_in_place(weight, levels, block_size):
     packed, scales = _quantize(weight, levels, block_size)
     flat /= scales.repeat_interleave(block_size)[: len(flat)]
     return packed, scales
+
+
+def _with_divisors(weight, levels, block_size, divisors, returned=None):
+    flat = weight.float().reshape(-1)
+    scales = torch.stack([block.abs().max() for block in flat.split(block_size)])
+    x = flat / divisors(scales).repeat_interleave(block_size)[: len(flat)]
+    return _bytes(_nearest(x, levels), levels), returned(scales) if returned else scales
+
+
+def _kept(divisors, name, returned=None):
+    def attempt(weight, levels, block_size):
+        return _with_divisors(weight, levels, block_size, divisors, returned)
+
+    attempt.__name__ = name
+    return wrong("04-quantize", "epsilon")(attempt)
+
+
+for _power in (7, 9, 12, 20, 30):
+    _kept(lambda s, p=_power: s.clamp(min=10.0**-p), f"divisors_of_1e-{_power}_and_more")
+for _power in (7, 9, 10, 12):
+    _kept(lambda s, p=_power: s + 10.0**-p, f"divisors_plus_1e-{_power}")
+_kept(lambda s: s.clamp(min=1e-8), "scales_of_1e-8_and_more", lambda s: s.clamp(min=1e-8))
+
+
+@wrong("04-quantize", "divided-in-16-bits")
+def float16_left_as_it_is(weight, levels, block_size):
+    cast = (lambda w: w) if weight.dtype == torch.float16 else torch.Tensor.float
+    return _quantize(weight, levels, block_size, cast=cast)
+
+
+@wrong("04-quantize", "tie-upper")
+def the_filler_of_two_is_the_higher(weight, levels, block_size):
+    def packed(codes, levels):
+        nearest = len(levels) - 1 - levels.flip(0).abs().argmin()
+        codes = torch.cat([codes, codes.new_full((len(codes) % 2,), int(nearest))])
+        return codes[::2] * 16 + codes[1::2]
+
+    return _quantize(weight, levels, block_size, bytes=packed)
+
+
+@wrong("04-quantize", "crashed")
+def matrices_alone(weight, levels, block_size):
+    if weight.ndim > 2:
+        raise ValueError("expected a matrix or a vector")
+    return _quantize(weight, levels, block_size)
+
+
+@wrong("04-quantize", "crashed")
+def with_a_width(weight, levels, block_size):
+    assert weight.shape[-1] > 0
+    return _quantize(weight, levels, block_size)
 
 
 # 04-dequantize
@@ -826,6 +979,48 @@ def in_a_row(packed, scales, levels, block_size, shape, dtype):
 @wrong("04-dequantize", "wrong-dtype")
 def always_float32(packed, scales, levels, block_size, shape, dtype):
     return _dequantize(packed, scales, levels, block_size, shape, torch.float32)
+
+
+@wrong("04-dequantize", "rounded-otherwise")
+def float16_by_way_of_bfloat16(packed, scales, levels, block_size, shape, dtype):
+    full = _dequantize(packed, scales, levels, block_size, shape, torch.float32)
+    return (full.bfloat16() if dtype == torch.float16 else full).to(dtype)
+
+
+@wrong("04-dequantize", "rounded-otherwise")
+def bfloat16_by_cutting_off(packed, scales, levels, block_size, shape, dtype):
+    full = _dequantize(packed, scales, levels, block_size, shape, torch.float32)
+    if dtype == torch.bfloat16:
+        full = (full.view(torch.int32) >> 16 << 16).view(torch.float32)
+    return full.to(dtype)
+
+
+def _product_in(narrow, packed, scales, levels, block_size, shape, dtype):
+    if dtype == narrow:
+        levels, scales = levels.to(dtype), scales.to(dtype)
+    return _dequantize(packed, scales, levels, block_size, shape, dtype)
+
+
+@wrong("04-dequantize", "rounded-early")
+def product_in_float16(*inputs):
+    return _product_in(torch.float16, *inputs)
+
+
+@wrong("04-dequantize", "rounded-early")
+def product_in_bfloat16(*inputs):
+    return _product_in(torch.bfloat16, *inputs)
+
+
+@wrong("04-dequantize", "crashed")
+def float16_refused(*inputs):
+    if inputs[-1] == torch.float16:
+        raise ValueError("float16")
+    return _dequantize(*inputs)
+
+
+@wrong("04-dequantize", "no-tensor")
+def numbers_in_lists(*inputs):
+    return _dequantize(*inputs).tolist()
 
 
 # 04-place
@@ -958,3 +1153,54 @@ def seventeen(weights, block_size):
 @wrong("04-place", "not-sixteen")
 def a_number(weights, block_size):
     return 0.5
+
+
+@wrong("04-place", "scales-once")
+def weighted_with_the_scale(weights, block_size):
+    x, scale = _x_and_scale(weights, block_size)
+    return _turns(x, scale, _nf4(), rounds=100)
+
+
+AF4 = """-1 -0.69441008 -0.51243739 -0.3736951 -0.25607552 -0.14982478 -0.04934812 0
+0.04273164 0.12934483 0.21961274 0.31675666 0.42563882 0.55496234 0.72424863 1"""
+
+
+@wrong("04-place", "ready-made")
+def af4(weights, block_size):
+    return torch.tensor([float(level) for level in AF4.split()])
+
+
+@wrong("04-place", "not-settled")
+def three_rounds(weights, block_size):
+    x, scale = _x_and_scale(weights, block_size)
+    return _turns(x, scale**2, _nf4(), rounds=3)
+
+
+@wrong("04-place", "not-settled")
+def five_rounds(weights, block_size):
+    x, scale = _x_and_scale(weights, block_size)
+    return _turns(x, scale**2, _nf4(), rounds=5)
+
+
+@wrong("04-place", "ends-kept")
+def three_stay(weights, block_size):
+    x, scale = _x_and_scale(weights, block_size)
+    levels = _nf4()
+    for _ in range(60):
+        codes = torch.bucketize(x, (levels[:-1] + levels[1:]) / 2)
+        for code in {*range(1, 15)} - {7}:
+            mine = codes == code
+            levels[code] = (scale[mine] ** 2 * x[mine]).sum() / (scale[mine] ** 2).sum()
+    return levels
+
+
+@wrong("04-place", "no-mean")
+def a_mean_of_nothing(weights, block_size):
+    x, scale = _x_and_scale(weights, block_size)
+    levels = 4 * _nf4()
+    for _ in range(60):
+        codes = torch.bucketize(x, (levels[:-1] + levels[1:]) / 2)
+        for code in {*range(16)} - {7}:
+            mine = codes == code
+            levels[code] = (scale[mine] ** 2 * x[mine]).sum() / (scale[mine] ** 2).sum()
+    return levels
