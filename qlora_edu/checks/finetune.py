@@ -104,9 +104,13 @@ def _all(rows: list[list[Tensor]]) -> list[Tensor]:
 
 
 def _loss_of(student, logits, labels):
-    """The student's loss, and whether gradients flow through it."""
-    loss = student(logits.clone().requires_grad_(), labels)
-    return {"loss": loss, "trains": isinstance(loss, Tensor) and loss.requires_grad}
+    """The student's loss, whether gradients flow through it, and what reaches the logits."""
+    leaf = logits.clone().requires_grad_()
+    loss = student(leaf, labels)
+    trains = isinstance(loss, Tensor) and loss.requires_grad
+    if trains and loss.dim() == 0:
+        loss.backward()
+    return {"loss": loss, "trains": trains, "gradient": leaf.grad}
 
 
 @exercise("08-loss", probe=_loss_of)
@@ -155,6 +159,23 @@ def loss(answer: Answer, draw: Draw) -> None:
             special: got if special else FAR,
         }
         expect.close(got, right, f"the loss, {case}", within, looks, torch.float32)
+        expect.true(
+            facts["gradient"] is not None,
+            f"the gradient of the logits, {case}",
+            "no-gradient",
+            "a tensor",
+            "None",
+        )
+        if dtype == torch.float32:  # (p - 1 at the label) / n where a label is scored, else zero
+            gradient = torch.zeros(rows, length, vocabulary, dtype=torch.float64)
+            scored = labels[:, 1:] != IGNORE
+            one = torch.nn.functional.one_hot(labels[:, 1:].clamp(min=0), vocabulary)
+            gradient[:, :-1] = (
+                (logits[:, :-1].double().softmax(-1) - one) * scored[..., None] / max(1, len(flat))
+            )
+            near = (8 + 4 * size) * expect.EPSILON  # a probability is off by the rounding of its logits
+            wrong = {"no-gradient": 0 * gradient, "sign": -gradient} if len(flat) else {}
+            expect.close(facts["gradient"], gradient, f"the gradient of the logits, {case}", near, wrong)
 
 
 @exercise("08-schedule")
