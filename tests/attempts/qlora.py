@@ -204,6 +204,47 @@ def returned_in_the_weights_dtype(x, stored, a, b, alpha, r, bias):
     )
 
 
+@wrong("06-forward", "odd-block")
+def one_scale_a_byte(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    of_bytes = stored["scales"].repeat_interleave(stored["block_size"] // 2)
+    scales = of_bytes.repeat_interleave(2)[: n_out * n_in]
+    w = (stored["levels"][unpacked(stored)[: n_out * n_in]] * scales).view(n_out, n_in)
+    return with_adapter(x, w.to(stored["dtype"]).float(), a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "size-guessed")
+def blocks_of_one_size(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    size = -(-n_out * n_in // len(stored["scales"]))
+    return with_adapter(
+        x, weights(stored | {"block_size": size}).to(stored["dtype"]).float(), a, b, alpha / r, bias
+    )
+
+
+@wrong("06-forward", "floor-divided")
+def whole_numbers_only(x, stored, a, b, alpha, r, bias):
+    return with_adapter(x, weights(stored).to(stored["dtype"]).float(), a, b, alpha // r, bias)
+
+
+@wrong("06-forward", "bias-scaled")
+def bias_in_the_brackets(x, stored, a, b, alpha, r, bias):
+    w = weights(stored).to(stored["dtype"]).float()
+    return x @ w.T + alpha / r * (x @ a.T @ b.T + (0 if bias is None else bias))
+
+
+@wrong("06-forward", "other-rounding")
+def rounded_to_one_dtype(x, stored, a, b, alpha, r, bias):
+    w = weights(stored)
+    w = w if stored["dtype"] == torch.float32 else w.bfloat16().float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "wrong-dtype")
+def forward_in_float64(x, stored, a, b, alpha, r, bias):
+    return with_a_loop(x, stored, a, b, alpha, r, bias).double()
+
+
 # 06-backward
 
 
@@ -309,6 +350,23 @@ def unscaled_in_b(grad_y, x, weight, a, b, alpha, r):
 @wrong("06-backward", "alpha-not-divided")
 def backward_times_alpha(grad_y, x, weight, a, b, alpha, r):
     return by_rows(grad_y, x, weight, a, b, alpha, 1)
+
+
+@wrong("06-backward", "scale-twice")
+def scaled_twice_in_a(grad_y, x, weight, a, b, alpha, r):
+    grad_x, grad_a, grad_b = by_rows(grad_y, x, weight, a, b, alpha, r)
+    return grad_x, alpha / r * grad_a, grad_b
+
+
+@wrong("06-backward", "scale-twice")
+def scaled_twice_in_x(grad_y, x, weight, a, b, alpha, r):
+    s = alpha / r
+    return (grad_y @ weight + s * (s * grad_y @ b) @ a, *by_rows(grad_y, x, weight, a, b, alpha, r)[1:])
+
+
+@wrong("06-backward", "wrong-dtype")
+def gradients_in_float64(grad_y, x, weight, a, b, alpha, r):
+    return [g.double() for g in by_rows(grad_y, x, weight, a, b, alpha, r)]
 
 
 @wrong("06-backward", "b-missing")
@@ -669,7 +727,7 @@ def two_walks(model):
     model.requires_grad_(False)
     for module in model.modules():
         for name in ("lora_a", "lora_b"):
-            if hasattr(module, name):
+            if isinstance(getattr(module, name, None), nn.Parameter):
                 setattr(module, name, nn.Parameter(getattr(module, name).detach().to(torch.float32)))
     return sizes(model)
 
@@ -680,18 +738,73 @@ def one_walk(model):
     for name, p in model.named_parameters():
         n_out, n_in = getattr(p, "packed_shape", (p.numel(), 1))
         counts[1] += n_out * n_in
-        if name.endswith(("lora_a", "lora_b")):
+        adapter = ("." + name).endswith((".lora_a", ".lora_b"))
+        if adapter:
             p.data = p.data.float()
             counts[0] += p.numel()
-        p.requires_grad_(name.endswith(("lora_a", "lora_b")))
+        p.requires_grad_(adapter)
     return counts
 
 
 @wrong("06-trains", "base-trains")
 def nothing_frozen(model):
     for name, p in model.named_parameters():
-        if "lora_" in name:
+        if name.split(".")[-1] in ("lora_a", "lora_b"):
             p.data, p.requires_grad = p.data.float(), True
+    return sizes(model)
+
+
+def chosen(is_adapter):
+    def run(model):
+        for name, p in model.named_parameters():
+            p.requires_grad = is_adapter(name)
+            if is_adapter(name):
+                p.data = p.data.float()
+        return sizes(model)
+
+    return run
+
+
+@wrong("06-trains", "name-alike")
+def lora_in_the_name(model):
+    return chosen(lambda name: "lora" in name)(model)
+
+
+@wrong("06-trains", "name-alike")
+def lora_with_a_line(model):
+    return chosen(lambda name: "lora_" in name)(model)
+
+
+@wrong("06-trains", "name-alike")
+def ends_like_an_adapter(model):
+    return chosen(lambda name: name.endswith(("lora_a", "lora_b")))(model)
+
+
+@wrong("06-trains", "name-alike")
+def somewhere_in_the_path(model):
+    return chosen(lambda name: not {"lora_a", "lora_b"}.isdisjoint(name.split(".")))(model)
+
+
+@wrong("06-trains", "adapter-at-root")
+def after_a_dot(model):
+    return chosen(lambda name: name.endswith((".lora_a", ".lora_b")))(model)
+
+
+@wrong("06-trains", "values-changed")
+def by_way_of_float16(model):
+    only_adapters(model)
+    for name, p in model.named_parameters():
+        if name.split(".")[-1] in ("lora_a", "lora_b"):
+            p.data = p.data.half().float()
+    return sizes(model)
+
+
+@wrong("06-trains", "adapter-16-bit")
+def adapters_in_float64(model):
+    only_adapters(model)
+    for name, p in model.named_parameters():
+        if name.split(".")[-1] in ("lora_a", "lora_b"):
+            p.data = p.data.double()
     return sizes(model)
 
 
@@ -724,7 +837,7 @@ def frozen_last(model):
 @wrong("06-trains", "adapter-frozen")
 def as_they_came(model):
     for name, p in model.named_parameters():
-        if "lora_" in name:
+        if name.split(".")[-1] in ("lora_a", "lora_b"):
             p.data = p.data.float()
         else:
             p.requires_grad = False
@@ -734,7 +847,7 @@ def as_they_came(model):
 @wrong("06-trains", "adapter-16-bit")
 def dtype_left(model):
     for name, p in model.named_parameters():
-        p.requires_grad = "lora_" in name
+        p.requires_grad = name.split(".")[-1] in ("lora_a", "lora_b")
     return sizes(model)
 
 
@@ -758,7 +871,7 @@ def whole_model_float(model):
 def linears_cast(model):
     only_adapters(model)
     for name, p in model.named_parameters():
-        if "proj" in name and p.dtype == torch.bfloat16:
+        if "base" in name and p.dtype == torch.bfloat16:
             p.data = p.data.float() if not name.endswith("bias") else p.data
     return sizes(model)
 
