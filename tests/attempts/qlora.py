@@ -1,5 +1,7 @@
 """Attempts at the exercises of chapter 06."""
 
+import pickle
+
 import numpy as np
 import torch
 from torch import nn
@@ -605,6 +607,45 @@ class CopyForNumPy(_Function):
         return _Function.forward(ctx, x, stored, decode, bias)
 
 
+@wrong("06-function", "outside-torch")
+class WeightAsAList(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        w = decode(stored).to(x.dtype)
+        ctx.w = w.tolist()
+        return F.linear(x, w, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y @ torch.tensor(ctx.w, dtype=grad_y.dtype), None, None, of_bias(ctx, grad_y)
+
+
+@wrong("06-function", "outside-torch")
+class NumberByNumber(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        ctx.w = [[float(v) for v in row] for row in decode(stored)] * 2
+        ctx.v = [[v.item() for v in row] for row in decode(stored)]
+        return _Function.forward(ctx, x, stored, decode, bias)
+
+
+@wrong("06-function", "outside-torch")
+class Pickled(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        ctx.x = pickle.dumps(x.detach())
+        return _Function.forward(ctx, x, stored, decode, bias)
+
+
+@right("06-function")
+class PrintsWhatItDoes(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        y = _Function.forward(ctx, x, stored, decode, bias)
+        print(x, y, x.max().item(), y.shape)
+        return y
+
+
 @wrong("06-function", "no-gradient")
 class NothingForX(_Function):
     @staticmethod
@@ -1035,6 +1076,13 @@ class NeverLetGo(_Fast):
 
 
 @wrong("06-eval", "decoded-each-time")
+class DecodedInVain(_Fast):
+    def __init__(self, stored, decode, product):
+        super().__init__(stored, decode, product)
+        self.size = decode(stored).shape
+
+
+@wrong("06-eval", "decoded-each-time")
 class NoCache(_Fast):
     def forward(self, x):
         return self.product(x, self.stored, self.decode)
@@ -1094,6 +1142,96 @@ class AsItStandsInTheNotebook(nn.Module):
             with torch.no_grad():
                 return F.linear(x, self.weight.to(x.dtype))
         return self.product(x, self.stored, self.decode)
+
+
+@wrong("06-eval", "weight-kept")
+class LetGoIfXLearns(_Fast):
+    def forward(self, x):
+        if self.training and not x.requires_grad:
+            return self.product(x, self.stored, self.decode)
+        return super().forward(x)
+
+
+@wrong("06-eval", "modes-differ")
+class ZeroIfXDoesNotLearn(_Fast):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.requires_grad or not self.training else 0 * y
+
+
+@wrong("06-eval", "wrong-dtype")
+class FastInFloat64(_Fast):
+    def forward(self, x):
+        return super().forward(x).double()
+
+
+@wrong("06-eval", "outside-torch")
+class HiddenInAList(_Fast):
+    def forward(self, x):
+        if not self.training and (self.cache is None or self.of is not self.stored):
+            self.cache, self.of = self.decode(self.stored).tolist(), self.stored
+        return super().forward(x) if self.training else F.linear(x, torch.tensor(self.cache))
+
+
+@wrong("06-eval", "stale")
+class TrainsOnTheFirstCodes(_Fast):
+    def __init__(self, stored, decode, product):
+        super().__init__(stored, decode, product)
+        self.first = stored
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        self.cache = None
+        return self.product(x, self.first, self.decode)
+
+
+@wrong("06-eval", "shared")
+class CacheOfTheClass(_Fast):
+    kept = None
+
+    def forward(self, x):
+        if self.training:
+            CacheOfTheClass.kept, self.of = None, None
+            return self.product(x, self.stored, self.decode)
+        if CacheOfTheClass.kept is None or (self.of is not None and self.of is not self.stored):
+            CacheOfTheClass.kept = self.decode(self.stored)
+        self.of = self.stored
+        return F.linear(x, CacheOfTheClass.kept)
+
+
+@wrong("06-eval", "stale")
+class ById(_Fast):
+    def forward(self, x):
+        if not self.training and self.of == id(self.stored):
+            return F.linear(x, self.cache)
+        self.cache = None if self.training else self.decode(self.stored)
+        self.of = None if self.training else id(self.stored)
+        return self.product(x, self.stored, self.decode) if self.training else F.linear(x, self.cache)
+
+
+@wrong("06-eval", "stale")
+class ByFirstScale(_Fast):
+    def forward(self, x):
+        if not self.training and self.of == self.stored["scales"][0]:
+            return F.linear(x, self.cache)
+        self.cache = None if self.training else self.decode(self.stored)
+        self.of = None if self.training else self.stored["scales"][0].item()
+        return self.product(x, self.stored, self.decode) if self.training else F.linear(x, self.cache)
+
+
+@wrong("06-eval", "decoded-each-time")
+class KeepsAllThatItHad(_Fast):
+    def forward(self, x):
+        if self.training:
+            self.had = []
+            return self.product(x, self.stored, self.decode)
+        had = vars(self).setdefault("had", [])
+        for stored, weight in had:
+            if stored is self.stored:
+                return F.linear(x, weight)
+        had.append((self.stored, self.decode(self.stored)))
+        return F.linear(x, had[-1][1])
 
 
 @wrong("06-eval", "stale")
@@ -1330,6 +1468,27 @@ class _InNumpy(torch.autograd.Function):
 def hidden_in_numpy(x, adapters, scaling, decode):
     for i, (a, b) in enumerate(adapters):
         x = _InNumpy.apply(x, a, b, i, scaling, decode)
+    return x
+
+
+class _InAList(_InNumpy):
+    @staticmethod
+    def forward(ctx, x, a, b, i, scaling, decode):
+        y = _Layer.forward(ctx, x, a, b, i, scaling, decode)
+        ctx.save_for_backward(a, b)
+        ctx.list = x.tolist()
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        ctx.x = np.array(ctx.list, dtype=np.float32)
+        return _InNumpy.backward(ctx, grad_y)
+
+
+@wrong("06-stack", "outside-torch")
+def hidden_in_lists(x, adapters, scaling, decode):
+    for i, (a, b) in enumerate(adapters):
+        x = _InAList.apply(x, a, b, i, scaling, decode)
     return x
 
 
