@@ -681,6 +681,40 @@ class TwoGradients(_Function):
         return grad_y @ ctx.decode(ctx.stored), grad_y.sum(0)
 
 
+@wrong("06-function", "gradient-form")
+class SumOfTheFirstDimension(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_bias = grad_y.sum(0) if ctx.needs_input_grad[3] else None
+        return _Function.backward(ctx, grad_y)[0], None, None, grad_bias
+
+
+@wrong("06-function", "changed-input")
+class WritesIntoTheGradient(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        found = _Function.backward(ctx, grad_y)
+        found = [None if g is None else g.clone() for g in found]
+        grad_y.mul_(2)
+        return tuple(found)
+
+
+@wrong("06-function", "inexact")
+class TwoPercentMoreIn16Bits(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        y = _Function.forward(ctx, x, stored, decode, bias)
+        return y if x.dtype == torch.float32 else y * 1.02
+
+
+@wrong("06-function", "inexact")
+class TwoPercentMoreInTheGradient(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x, *rest = _Function.backward(ctx, grad_y)
+        return grad_x if grad_y.dtype == torch.float32 or grad_x is None else grad_x * 1.02, *rest
+
+
 @wrong("06-function", "transposed")
 class BackwardThroughTransposed(_Function):
     @staticmethod
@@ -1386,6 +1420,21 @@ def checkpoint_each(x, adapters, scaling, decode):
 @wrong("06-stack", "too-much-kept")
 def one_piece(x, adapters, scaling, decode):
     return in_pieces(24)(x, adapters, scaling, decode)
+
+
+@wrong("06-stack", "too-much-kept")
+def plain_layers_in_pieces(x, adapters, scaling, decode):
+    """Checkpoints alone: autograd keeps each W of the piece that is computed again."""
+
+    def piece(x, start):
+        for i in range(start, start + 4):
+            a, b = adapters[i]
+            x = x + F.silu(x @ decode(i).T + scaling * (x @ a.T @ b.T))
+        return x
+
+    for start in range(0, len(adapters), 4):
+        x = checkpoint(piece, x, start, use_reentrant=False)
+    return x
 
 
 @wrong("06-stack", "too-many-decodings")
