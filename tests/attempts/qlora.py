@@ -1,5 +1,7 @@
 """Attempts at the exercises of chapter 06."""
 
+import pickle
+
 import numpy as np
 import torch
 from torch import nn
@@ -204,6 +206,47 @@ def returned_in_the_weights_dtype(x, stored, a, b, alpha, r, bias):
     )
 
 
+@wrong("06-forward", "odd-block")
+def one_scale_a_byte(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    of_bytes = stored["scales"].repeat_interleave(stored["block_size"] // 2)
+    scales = of_bytes.repeat_interleave(2)[: n_out * n_in]
+    w = (stored["levels"][unpacked(stored)[: n_out * n_in]] * scales).view(n_out, n_in)
+    return with_adapter(x, w.to(stored["dtype"]).float(), a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "size-guessed")
+def blocks_of_one_size(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    size = -(-n_out * n_in // len(stored["scales"]))
+    return with_adapter(
+        x, weights(stored | {"block_size": size}).to(stored["dtype"]).float(), a, b, alpha / r, bias
+    )
+
+
+@wrong("06-forward", "floor-divided")
+def whole_numbers_only(x, stored, a, b, alpha, r, bias):
+    return with_adapter(x, weights(stored).to(stored["dtype"]).float(), a, b, alpha // r, bias)
+
+
+@wrong("06-forward", "bias-scaled")
+def bias_in_the_brackets(x, stored, a, b, alpha, r, bias):
+    w = weights(stored).to(stored["dtype"]).float()
+    return x @ w.T + alpha / r * (x @ a.T @ b.T + (0 if bias is None else bias))
+
+
+@wrong("06-forward", "other-rounding")
+def rounded_to_one_dtype(x, stored, a, b, alpha, r, bias):
+    w = weights(stored)
+    w = w if stored["dtype"] == torch.float32 else w.bfloat16().float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "wrong-dtype")
+def forward_in_float64(x, stored, a, b, alpha, r, bias):
+    return with_a_loop(x, stored, a, b, alpha, r, bias).double()
+
+
 # 06-backward
 
 
@@ -309,6 +352,23 @@ def unscaled_in_b(grad_y, x, weight, a, b, alpha, r):
 @wrong("06-backward", "alpha-not-divided")
 def backward_times_alpha(grad_y, x, weight, a, b, alpha, r):
     return by_rows(grad_y, x, weight, a, b, alpha, 1)
+
+
+@wrong("06-backward", "scale-twice")
+def scaled_twice_in_a(grad_y, x, weight, a, b, alpha, r):
+    grad_x, grad_a, grad_b = by_rows(grad_y, x, weight, a, b, alpha, r)
+    return grad_x, alpha / r * grad_a, grad_b
+
+
+@wrong("06-backward", "scale-twice")
+def scaled_twice_in_x(grad_y, x, weight, a, b, alpha, r):
+    s = alpha / r
+    return (grad_y @ weight + s * (s * grad_y @ b) @ a, *by_rows(grad_y, x, weight, a, b, alpha, r)[1:])
+
+
+@wrong("06-backward", "wrong-dtype")
+def gradients_in_float64(grad_y, x, weight, a, b, alpha, r):
+    return [g.double() for g in by_rows(grad_y, x, weight, a, b, alpha, r)]
 
 
 @wrong("06-backward", "b-missing")
@@ -547,6 +607,45 @@ class CopyForNumPy(_Function):
         return _Function.forward(ctx, x, stored, decode, bias)
 
 
+@wrong("06-function", "outside-torch")
+class WeightAsAList(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        w = decode(stored).to(x.dtype)
+        ctx.w = w.tolist()
+        return F.linear(x, w, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        return grad_y @ torch.tensor(ctx.w, dtype=grad_y.dtype), None, None, of_bias(ctx, grad_y)
+
+
+@wrong("06-function", "outside-torch")
+class NumberByNumber(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        ctx.w = [[float(v) for v in row] for row in decode(stored)] * 2
+        ctx.v = [[v.item() for v in row] for row in decode(stored)]
+        return _Function.forward(ctx, x, stored, decode, bias)
+
+
+@wrong("06-function", "outside-torch")
+class Pickled(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        ctx.x = pickle.dumps(x.detach())
+        return _Function.forward(ctx, x, stored, decode, bias)
+
+
+@right("06-function")
+class PrintsWhatItDoes(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        y = _Function.forward(ctx, x, stored, decode, bias)
+        print(x, y, x.max().item(), y.shape)
+        return y
+
+
 @wrong("06-function", "no-gradient")
 class NothingForX(_Function):
     @staticmethod
@@ -580,6 +679,40 @@ class TwoGradients(_Function):
     @staticmethod
     def backward(ctx, grad_y):
         return grad_y @ ctx.decode(ctx.stored), grad_y.sum(0)
+
+
+@wrong("06-function", "gradient-form")
+class SumOfTheFirstDimension(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_bias = grad_y.sum(0) if ctx.needs_input_grad[3] else None
+        return _Function.backward(ctx, grad_y)[0], None, None, grad_bias
+
+
+@wrong("06-function", "changed-input")
+class WritesIntoTheGradient(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        found = _Function.backward(ctx, grad_y)
+        found = [None if g is None else g.clone() for g in found]
+        grad_y.mul_(2)
+        return tuple(found)
+
+
+@wrong("06-function", "inexact")
+class TwoPercentMoreIn16Bits(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        y = _Function.forward(ctx, x, stored, decode, bias)
+        return y if x.dtype == torch.float32 else y * 1.02
+
+
+@wrong("06-function", "inexact")
+class TwoPercentMoreInTheGradient(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x, *rest = _Function.backward(ctx, grad_y)
+        return grad_x if grad_y.dtype == torch.float32 or grad_x is None else grad_x * 1.02, *rest
 
 
 @wrong("06-function", "transposed")
@@ -669,7 +802,7 @@ def two_walks(model):
     model.requires_grad_(False)
     for module in model.modules():
         for name in ("lora_a", "lora_b"):
-            if hasattr(module, name):
+            if isinstance(getattr(module, name, None), nn.Parameter):
                 setattr(module, name, nn.Parameter(getattr(module, name).detach().to(torch.float32)))
     return sizes(model)
 
@@ -680,18 +813,73 @@ def one_walk(model):
     for name, p in model.named_parameters():
         n_out, n_in = getattr(p, "packed_shape", (p.numel(), 1))
         counts[1] += n_out * n_in
-        if name.endswith(("lora_a", "lora_b")):
+        adapter = ("." + name).endswith((".lora_a", ".lora_b"))
+        if adapter:
             p.data = p.data.float()
             counts[0] += p.numel()
-        p.requires_grad_(name.endswith(("lora_a", "lora_b")))
+        p.requires_grad_(adapter)
     return counts
 
 
 @wrong("06-trains", "base-trains")
 def nothing_frozen(model):
     for name, p in model.named_parameters():
-        if "lora_" in name:
+        if name.split(".")[-1] in ("lora_a", "lora_b"):
             p.data, p.requires_grad = p.data.float(), True
+    return sizes(model)
+
+
+def chosen(is_adapter):
+    def run(model):
+        for name, p in model.named_parameters():
+            p.requires_grad = is_adapter(name)
+            if is_adapter(name):
+                p.data = p.data.float()
+        return sizes(model)
+
+    return run
+
+
+@wrong("06-trains", "name-alike")
+def lora_in_the_name(model):
+    return chosen(lambda name: "lora" in name)(model)
+
+
+@wrong("06-trains", "name-alike")
+def lora_with_a_line(model):
+    return chosen(lambda name: "lora_" in name)(model)
+
+
+@wrong("06-trains", "name-alike")
+def ends_like_an_adapter(model):
+    return chosen(lambda name: name.endswith(("lora_a", "lora_b")))(model)
+
+
+@wrong("06-trains", "name-alike")
+def somewhere_in_the_path(model):
+    return chosen(lambda name: not {"lora_a", "lora_b"}.isdisjoint(name.split(".")))(model)
+
+
+@wrong("06-trains", "adapter-at-root")
+def after_a_dot(model):
+    return chosen(lambda name: name.endswith((".lora_a", ".lora_b")))(model)
+
+
+@wrong("06-trains", "values-changed")
+def by_way_of_float16(model):
+    only_adapters(model)
+    for name, p in model.named_parameters():
+        if name.split(".")[-1] in ("lora_a", "lora_b"):
+            p.data = p.data.half().float()
+    return sizes(model)
+
+
+@wrong("06-trains", "adapter-16-bit")
+def adapters_in_float64(model):
+    only_adapters(model)
+    for name, p in model.named_parameters():
+        if name.split(".")[-1] in ("lora_a", "lora_b"):
+            p.data = p.data.double()
     return sizes(model)
 
 
@@ -724,7 +912,7 @@ def frozen_last(model):
 @wrong("06-trains", "adapter-frozen")
 def as_they_came(model):
     for name, p in model.named_parameters():
-        if "lora_" in name:
+        if name.split(".")[-1] in ("lora_a", "lora_b"):
             p.data = p.data.float()
         else:
             p.requires_grad = False
@@ -734,7 +922,7 @@ def as_they_came(model):
 @wrong("06-trains", "adapter-16-bit")
 def dtype_left(model):
     for name, p in model.named_parameters():
-        p.requires_grad = "lora_" in name
+        p.requires_grad = name.split(".")[-1] in ("lora_a", "lora_b")
     return sizes(model)
 
 
@@ -758,7 +946,7 @@ def whole_model_float(model):
 def linears_cast(model):
     only_adapters(model)
     for name, p in model.named_parameters():
-        if "proj" in name and p.dtype == torch.bfloat16:
+        if "base" in name and p.dtype == torch.bfloat16:
             p.data = p.data.float() if not name.endswith("bias") else p.data
     return sizes(model)
 
@@ -922,6 +1110,13 @@ class NeverLetGo(_Fast):
 
 
 @wrong("06-eval", "decoded-each-time")
+class DecodedInVain(_Fast):
+    def __init__(self, stored, decode, product):
+        super().__init__(stored, decode, product)
+        self.size = decode(stored).shape
+
+
+@wrong("06-eval", "decoded-each-time")
 class NoCache(_Fast):
     def forward(self, x):
         return self.product(x, self.stored, self.decode)
@@ -981,6 +1176,96 @@ class AsItStandsInTheNotebook(nn.Module):
             with torch.no_grad():
                 return F.linear(x, self.weight.to(x.dtype))
         return self.product(x, self.stored, self.decode)
+
+
+@wrong("06-eval", "weight-kept")
+class LetGoIfXLearns(_Fast):
+    def forward(self, x):
+        if self.training and not x.requires_grad:
+            return self.product(x, self.stored, self.decode)
+        return super().forward(x)
+
+
+@wrong("06-eval", "modes-differ")
+class ZeroIfXDoesNotLearn(_Fast):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.requires_grad or not self.training else 0 * y
+
+
+@wrong("06-eval", "wrong-dtype")
+class FastInFloat64(_Fast):
+    def forward(self, x):
+        return super().forward(x).double()
+
+
+@wrong("06-eval", "outside-torch")
+class HiddenInAList(_Fast):
+    def forward(self, x):
+        if not self.training and (self.cache is None or self.of is not self.stored):
+            self.cache, self.of = self.decode(self.stored).tolist(), self.stored
+        return super().forward(x) if self.training else F.linear(x, torch.tensor(self.cache))
+
+
+@wrong("06-eval", "stale")
+class TrainsOnTheFirstCodes(_Fast):
+    def __init__(self, stored, decode, product):
+        super().__init__(stored, decode, product)
+        self.first = stored
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        self.cache = None
+        return self.product(x, self.first, self.decode)
+
+
+@wrong("06-eval", "shared")
+class CacheOfTheClass(_Fast):
+    kept = None
+
+    def forward(self, x):
+        if self.training:
+            CacheOfTheClass.kept, self.of = None, None
+            return self.product(x, self.stored, self.decode)
+        if CacheOfTheClass.kept is None or (self.of is not None and self.of is not self.stored):
+            CacheOfTheClass.kept = self.decode(self.stored)
+        self.of = self.stored
+        return F.linear(x, CacheOfTheClass.kept)
+
+
+@wrong("06-eval", "stale")
+class ById(_Fast):
+    def forward(self, x):
+        if not self.training and self.of == id(self.stored):
+            return F.linear(x, self.cache)
+        self.cache = None if self.training else self.decode(self.stored)
+        self.of = None if self.training else id(self.stored)
+        return self.product(x, self.stored, self.decode) if self.training else F.linear(x, self.cache)
+
+
+@wrong("06-eval", "stale")
+class ByFirstScale(_Fast):
+    def forward(self, x):
+        if not self.training and self.of == self.stored["scales"][0]:
+            return F.linear(x, self.cache)
+        self.cache = None if self.training else self.decode(self.stored)
+        self.of = None if self.training else self.stored["scales"][0].item()
+        return self.product(x, self.stored, self.decode) if self.training else F.linear(x, self.cache)
+
+
+@wrong("06-eval", "decoded-each-time")
+class KeepsAllThatItHad(_Fast):
+    def forward(self, x):
+        if self.training:
+            self.had = []
+            return self.product(x, self.stored, self.decode)
+        had = vars(self).setdefault("had", [])
+        for stored, weight in had:
+            if stored is self.stored:
+                return F.linear(x, weight)
+        had.append((self.stored, self.decode(self.stored)))
+        return F.linear(x, had[-1][1])
 
 
 @wrong("06-eval", "stale")
@@ -1137,6 +1422,21 @@ def one_piece(x, adapters, scaling, decode):
     return in_pieces(24)(x, adapters, scaling, decode)
 
 
+@wrong("06-stack", "too-much-kept")
+def plain_layers_in_pieces(x, adapters, scaling, decode):
+    """Checkpoints alone: autograd keeps each W of the piece that is computed again."""
+
+    def piece(x, start):
+        for i in range(start, start + 4):
+            a, b = adapters[i]
+            x = x + F.silu(x @ decode(i).T + scaling * (x @ a.T @ b.T))
+        return x
+
+    for start in range(0, len(adapters), 4):
+        x = checkpoint(piece, x, start, use_reentrant=False)
+    return x
+
+
 @wrong("06-stack", "too-many-decodings")
 def nested(x, adapters, scaling, decode):
     def half(x, start, stop):
@@ -1217,6 +1517,27 @@ class _InNumpy(torch.autograd.Function):
 def hidden_in_numpy(x, adapters, scaling, decode):
     for i, (a, b) in enumerate(adapters):
         x = _InNumpy.apply(x, a, b, i, scaling, decode)
+    return x
+
+
+class _InAList(_InNumpy):
+    @staticmethod
+    def forward(ctx, x, a, b, i, scaling, decode):
+        y = _Layer.forward(ctx, x, a, b, i, scaling, decode)
+        ctx.save_for_backward(a, b)
+        ctx.list = x.tolist()
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        ctx.x = np.array(ctx.list, dtype=np.float32)
+        return _InNumpy.backward(ctx, grad_y)
+
+
+@wrong("06-stack", "outside-torch")
+def hidden_in_lists(x, adapters, scaling, decode):
+    for i, (a, b) in enumerate(adapters):
+        x = _InAList.apply(x, a, b, i, scaling, decode)
     return x
 
 
