@@ -18,6 +18,16 @@ from qlora_edu.checks.exercise import Answer, Score, exercise
 
 SEVEN = tuple(f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 GB, GIB = 10**9, 2**30
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49_152,
+    "tie_word_embeddings": True,
+}
 
 
 def _number(
@@ -29,15 +39,21 @@ def _number(
     if plain and abs(got) > 2**60:  # more than a float may hold
         expect.fail(what, right, "more than 2⁶⁰, or less than its negative")
     close = plain and abs(got - right) <= within
-    named = None if close or not plain else next((m for m, n in wrong if abs(got - n) <= within), None)
+    named = {m for m, n in wrong if abs(got - n) <= within} if plain and not close else set()
+    named = named.pop() if len(named) == 1 else None  # two that fit say nothing
     expect.number(got, right, what, within, {named: got} if named else None)
 
 
 def _count(got, right: int, what: str, off: Iterable[tuple[str, int]]) -> None:
     """The same for a whole number. off: mistakes, each with what it adds; up to three at once are recognised."""
     off = [(mistake, added) for mistake, added in off if added]
-    sets = (chosen for size in (1, 2, 3) for chosen in combinations(off, size))
-    _number(got, right, what, ((chosen[0][0], right + sum(n for _, n in chosen)) for chosen in sets))
+    wrong = []
+    if isinstance(got, int | float):
+        for size in (1, 2, 3):
+            sums = [(c[0][0], right + sum(n for _, n in c)) for c in combinations(off, size)]
+            if wrong := [(mistake, number) for mistake, number in sums if number == got]:
+                break
+    _number(got, right, what, wrong)
 
 
 @exercise("01-training-bytes")
@@ -49,7 +65,21 @@ def training_bytes(answer: Answer, draw: Draw) -> None:
         (some + 1, 0, 32, 16, 8, True),
         (some, few, 4.127, 16, 32, False),
         (some, few + 1, 16, 32, 8, False),
+        (
+            some,
+            few,
+            4.127,
+            16,
+            8,
+            True,
+        ),  # before those with 32-bit states, where a copy is as large as a state
         (some, few, 4.5, 16, 32, True),
+        (some, few, 16, 32, 32, True),
+        (some, 0, 32, 32, 32, True),
+        (some, 0, 16, 32, 8, True),
+        (65 * 10**9, 0, 16, 16, 32, True),
+        (7 * 10**9, 0, 16, 16, 32, True),
+        (7 * 10**9, 20 * 10**6, 4.5, 16, 32, False),
     ):
         trained, every = adapter or base, base + adapter
         gradient, state, copy = trained_bits / 8, state_bits / 8, 4 * master  # bytes for each trained number
@@ -61,6 +91,9 @@ def training_bytes(answer: Answer, draw: Draw) -> None:
         }
         right["sum"] = sum(right.values())
         wrong = [
+            ("weights", "master-elsewhere", base * base_bits / 8 + trained * copy),
+            ("adapter", "no-adapter", trained * gradient),
+            ("adapter", "adapter-as-wide-as-the-base", adapter * base_bits / 8),
             ("gradients", "nothing-trained", 0),
             *(("gradients", "gradients-of-frozen", numbers * gradient) for numbers in (base, every)),
             ("gradients", "gradients-as-wide-as-the-base", trained * base_bits / 8),
@@ -68,18 +101,20 @@ def training_bytes(answer: Answer, draw: Draw) -> None:
             *(("optimizer", "states-of-frozen", numbers * (2 * state + copy)) for numbers in (base, every)),
             *(("optimizer", "states-once", trained * (state + more)) for more in (copy, 0)),
             ("optimizer", "master-missing", trained * 2 * state),
+            *(("optimizer", "master-width", trained * (2 * state + n * master)) for n in (state, gradient)),
             *(("optimizer", "master-of-frozen", trained * 2 * state + n * copy) for n in (base, every)),
         ]
         arguments = (base, adapter, base_bits, trained_bits, state_bits, master)
         got = answer(*arguments)
         keys = sorted(map(str, got)) if isinstance(got, dict) else got
-        expect.true(keys == sorted(right), "the result: a dict", "wrong-type", sorted(right), keys)
+        mistake = "wrong-type" if got is None else "no-dict"
+        expect.true(keys == sorted(right), "the result: a dict", mistake, sorted(right), keys)
         for part, size in right.items():
             named = [("bits-for-bytes", 8 * size), ("gib", size * GB / GIB), ("not-in-gb", size * GB)]
             named += [(mistake, number / GB) for where, mistake, number in wrong if where == part]
-            named += [("sum", got["sum"])] if part == "sum" else []
-            # A dozen roundings of float64, in any order, lose less than this.
-            _number(got[part], size, f'"{part}" in GB, for {arguments}', named, 1e-14 * right["sum"])
+            named = [("sum", got["sum"])] if part == "sum" else named
+            # Whole bytes for each part are right too: ten bytes, as the statement says.
+            _number(got[part], size, f'"{part}" in GB, for {arguments}', named, 1e-8)
 
 
 def _model(config: dict) -> nn.Module:
@@ -150,9 +185,19 @@ def parameters(answer: Answer, draw: Draw) -> None:
 def adapter(answer: Answer, draw: Draw) -> None:
     """`f(config, targets, r, bits)`: (numbers, bytes) of a LoRA adapter; ValueError for a name that fits no matrix."""
     choices = [SEVEN, ("q_proj", "v_proj"), ("down_proj", "o_proj"), ("k_proj",)] * 2
-    for number, ((config, optional), targets) in enumerate(zip(_configs(draw), choices, strict=True)):
-        r, bits = draw.whole(2, 9), [16, 32][number % 2]
-        shapes = [m.weight.shape for n, m in _model(config).named_modules() if n.split(".")[-1] in targets]
+    cases = [(c, optional, targets) for (c, optional), targets in zip(_configs(draw), choices, strict=True)]
+    cases += [(c, None, (name,)) for c in (cases[0][0], cases[2][0]) for name in SEVEN]  # each of them alone
+    cases += [(SMOLLM2, None, ("q_proj", "v_proj")), (SMOLLM2, None, SEVEN)]
+    shapes_of = {}
+    for number, (config, optional, targets) in enumerate(cases):
+        bits = [16, 32][number % 2]
+        r = 8 if config is SMOLLM2 else [1, 70][number % 2] if number > 7 else draw.whole(2, 9)
+        if id(config) not in shapes_of:
+            modules = _model(config).named_modules()
+            shapes_of[id(config)] = [
+                (last, m.weight.shape) for n, m in modules if (last := n.split(".")[-1]) in SEVEN
+            ]
+        shapes = [shape for name, shape in shapes_of[id(config)] if name in targets]
         d, f, layers, h, k, e, _ = _letters(config)
 
         def as_if(keys: int, size: int, d=d, f=f, h=h, count=layers * r, targets=targets) -> int:
@@ -170,14 +215,29 @@ def adapter(answer: Answer, draw: Draw) -> None:
             "b-alone": sum(r * out for out, _ in shapes),
             "full-matrices": sum(out * inn for out, inn in shapes),
         }
-        numbers, size = expect.parts(answer(config, list(targets), r, bits, crash=optional), "the result", 2)
+        got = answer(config, list(targets), r, bits, crash=optional)
+        got = got.tolist() if isinstance(got, Tensor) else got
+        numbers, size = expect.parts(got, "the result", 2)
         case = f"for r = {r}, {', '.join(targets)}, {config}"
-        _number(numbers, right, f"the numbers, {case}", wrong.items())
+        swapped = numbers == right * bits // 8 and size == right
+        named = [("swapped", numbers)] if swapped else wrong.items()
+        _number(numbers, right, f"the numbers, {case}", named)
         wrong = [("bits-for-bytes", right * bits), ("dtype-ignored", 2 * right), ("dtype-ignored", 4 * right)]
         _number(size, right * bits // 8, f"the bytes, in {bits} bits, {case}", wrong)
-    for targets in (["q_proj", "query"], ["lm_head"], []):
+    for targets in (
+        ["q_proj", "query"],
+        ["query", "q_proj"],
+        ["k_proj", "query", "v_proj"],
+        ["lm_head"],
+        ["q_proj", "lm_head", "down_proj"],
+        ["x_proj"],
+        ["q_proj", "embed_tokens"],
+        ["self_attn.q_proj", "v_proj"],
+        ["v"],
+        [],
+    ):
         what = "a name that fits no matrix of a block" if targets else "no name at all"
-        answer.raises(ValueError, config, targets, 8, 16, what=what, mistake="unknown-target")
+        answer.raises(ValueError, cases[0][0], targets, 8, 16, what=what, mistake="unknown-target")
 
 
 def _kept(config: dict, rows: int, length: int, rank: int, itemsize: int, targets: Iterable[str]) -> int:
@@ -245,39 +305,71 @@ def kept(answer: Answer, draw: Draw) -> None:
 @exercise("01-fits")
 def fits(answer: Answer, draw: Draw) -> None:
     """`f(card, reserve, base_bits, share, trained_bits, state_bits)`: the most base weights whose training fits."""
-    done = 0
-    while done < 6:
-        share = [0, draw.number(0.01, 0.03), draw.number(0.002, 0.09)][done % 3]
-        base_bits = [16, 16, 4.127][done % 3]
-        card, reserve = draw.choice([8, 16, 24, 40, 48, 80]), 0 if done in (1, 5) else draw.number(0.5, 6)
-        trained_bits, state_bits = [(32, 8), (16, 32)][done % 2]
-        t, states = Fraction(share or 1), Fraction(2 * state_bits, 8)
-        weight, gradient, spare = Fraction(base_bits) / 8, Fraction(trained_bits, 8), Fraction(reserve)
-        own = gradient if share else 0  # the adapter's own numbers
-        budget, each = card * GIB - spare * GB, weight + t * (own + gradient + states)
-        if not 0.6 < budget / each % 1 < 0.95:  # rounding up must show, and no rounding of float64 may
-            continue
-        done += 1
-        wrong = {
-            "gb-for-gib": (card - spare) * GB / each,
-            "reserve-in-gib": (card - spare) * GIB / each,
-            "reserve-ignored": card * GIB / each,
-            "adapter-itself-missing": budget / (weight + t * (gradient + states)),
-            "base-twice": budget / (weight + t * (2 * gradient + states)),
-            "nothing-trained": budget / weight,
-            "frozen-trained": budget / (weight + gradient + states),
-            "states-once": budget / (weight + t * (own + gradient + states / 2)),
-            "bits-for-bytes": budget / each / 8,
-        }
-        right = int(budget / each)
-        arguments = (card, reserve, base_bits, share, trained_bits, state_bits)
-        got = answer(*arguments)
-        named = [("not-whole", got)] if isinstance(got, float) and got % 1 else [("rounded-up", right + 1)]
-        named += [(m, int(quotient) + up) for m, quotient in wrong.items() for up in (0, 1)]
-        _number(got, right, f"the most weights, for {arguments}", named)
+    cases = (  # base_bits, whether there is an adapter, trained_bits, state_bits
+        (16, False, 32, 8),
+        (16, True, 16, 32),
+        (4.127, True, 32, 8),
+        (32, False, 16, 32),
+        (4.127, True, 16, 32),
+        (32, True, 16, 8),
+        (32, False, 32, 8),
+        (16, False, 16, 32),
+    )
+    for number, (base_bits, beside, trained_bits, state_bits) in enumerate(cases):
+        while True:  # rounding up must show, and no rounding of float64 may
+            share = draw.number(0.002, 0.09) if beside else 0
+            card = draw.whole(1, 4) if number > 5 else draw.choice([8, 16, 24, 40, 48, 80])
+            reserve = 0 if number in (1, 7) else draw.number(0.5, 1 if card < 5 else 6)
+            arguments = (card, reserve, base_bits, share, trained_bits, state_bits)
+            budget, each = _room(*arguments)
+            if 0.6 < budget / each % 1 < 0.95:
+                break
+        _fitting(answer, arguments)
+    _fitting(answer, (24, 24.5, 16, 0, 16, 32))  # 24 GiB are 25.8 GB
+    _fitting(answer, (24, 0, 16, 0, 16, 32))  # full to the last byte
     got = answer(1, 3.5, 16, 0, 16, 32)
     below = [("negative", got)] if isinstance(got, int | float) and got < 0 else []
     _number(got, 0, "the most weights, if the reserve is larger than the card", below)
+
+
+def _room(
+    card: int, reserve: float, base_bits: float, share: float, trained_bits: int, state_bits: int
+) -> tuple[Fraction, Fraction]:
+    """Bytes that may be used, and bytes for each weight of the base, both exact."""
+    own = trained_bits if share else 0  # the adapter's own numbers
+    each = Fraction(base_bits) + Fraction(share or 1) * (own + trained_bits + 2 * state_bits)
+    return card * GIB - Fraction(reserve) * GB, each / 8
+
+
+def _fitting(answer: Answer, arguments: tuple) -> None:
+    """Refuse a wrong number of weights."""
+    card, reserve, base_bits, share, trained_bits, state_bits = arguments
+    budget, each = _room(*arguments)
+    t, states, spare = Fraction(share or 1), Fraction(2 * state_bits, 8), Fraction(reserve)
+    weight, gradient = Fraction(base_bits) / 8, Fraction(trained_bits, 8)
+    own = gradient if share else 0
+    wrong = {
+        "gb-for-gib": (card - spare) * GB / each,
+        "reserve-in-gib": (card - spare) * GIB / each,
+        "reserve-ignored": card * GIB / each,
+        "adapter-itself-missing": budget / (weight + t * (gradient + states)),
+        "base-twice": budget / (weight + t * (2 * gradient + states)),
+        "nothing-trained": budget / weight,
+        "frozen-trained": budget / (weight + gradient + states),
+        "states-once": budget / (weight + t * (own + gradient + states / 2)),
+        "trained-bits-ignored": budget / (weight + t * ((4 if share else 2) + states)),
+        "bits-for-bytes": budget / each / 8,
+    }
+    right = int(budget / each)
+    got = answer(*arguments)
+    if isinstance(got, float) and got % 1:
+        named = [("not-whole", got)]
+    else:
+        named = [("rounded-up", right + 1), ("one-less", right - 1)]
+        other = {m: int(quotient) for m, quotient in wrong.items() if quotient > 0}
+        named += [(m, n + up) for m, n in other.items() if n != right for up in (0, 1)]
+        named += [("compared-in-gb", 0)] if reserve > card else []
+    _number(got, right, f"the most weights, for {arguments}", named)
 
 
 def _chain(draw: Draw) -> tuple[list[int], list[int]]:
