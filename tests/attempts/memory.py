@@ -276,6 +276,22 @@ def as_in_the_chapter(config):
     return config["num_hidden_layers"] * block + 2 * v * d + d
 
 
+@wrong("01-parameters", "heads-not-grouped")
+def one_head_of_keys_is_none(config):
+    k = config.get("num_key_value_heads")
+    return tensor_by_tensor(config | {"num_key_value_heads": None if k == 1 else k})
+
+
+@wrong("01-parameters", "too-large")
+def in_float32(config):
+    return np.float32(tensor_by_tensor(config))
+
+
+@wrong("01-parameters", "too-large")
+def in_int32(config):
+    return (tensor_by_tensor(config) + 2**31) % 2**32 - 2**31
+
+
 @wrong("01-parameters", "optional-settings")
 def all_settings_needed(config):
     d, h, k = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
@@ -590,7 +606,34 @@ def _frozen_keeps_nothing(n, s, parts, config, targets):
     parts["gate, up"] -= s * n * config["intermediate_size"] * (2 - sum(t[0] in "gu" for t in targets))
 
 
-@_change("factors-missing")
+@_change("f-missing")
+def _input_of_down_forgotten(n, s, parts, config, targets):
+    parts["input of down"] = 0
+
+
+@_change("input-missing")
+def _input_of_q_forgotten(n, s, parts, config, targets):
+    parts["input of q, k, v"] = 0
+
+
+@_change("input-missing")
+def _input_of_q_only_for_two(n, s, parts, config, targets):
+    if "q_proj" not in targets and "k_proj" not in targets:
+        parts["input of q, k, v"] = 0
+
+
+@_change("input-missing")
+def _input_of_gate_and_up_for_one_alone(n, s, parts, config, targets):
+    if {"gate_proj", "up_proj"} == set(targets):
+        parts["input of gate, up"] = 0
+
+
+@_change("input-of-o")
+def _input_of_o_as_wide_as_a_token(n, s, parts, config, targets):
+    parts["input of o"] = s * n * config["hidden_size"] * ("o_proj" in targets)
+
+
+@_change("f-missing")
 def _silu_is_forgotten(n, s, parts, config, targets):
     parts["gate, up"] = 2 * s * n * config["intermediate_size"]
 
@@ -845,6 +888,31 @@ def backwards(inputs, kept):
     return [*as_long_as_a_limit_allows(inputs, kept)[::-1], 0]
 
 
-@wrong("01-cuts", "wrong-type")
+@wrong("01-cuts", "one-based")
+def from_one(inputs, kept):
+    return [first + 1 for first in as_long_as_a_limit_allows(inputs, kept)]
+
+
+@wrong("01-cuts", "not-whole")
+def in_floats(inputs, kept):
+    return [float(first) for first in as_long_as_a_limit_allows(inputs, kept)]
+
+
+@wrong("01-cuts", "no-list")
+def a_generator(inputs, kept):
+    return (first for first in as_long_as_a_limit_allows(inputs, kept))
+
+
+@wrong("01-cuts", "every-block")
+def few_blocks_are_not_cut_well(inputs, kept):
+    return [*range(len(kept))] if 1 < len(kept) < 5 else as_long_as_a_limit_allows(inputs, kept)
+
+
+@wrong("01-cuts", "keep-all")
+def at_most_40_blocks(inputs, kept):
+    return [0] if len(kept) > 43 else as_long_as_a_limit_allows(inputs, kept)
+
+
+@wrong("01-cuts", "no-list")
 def the_peak(inputs, kept):
     return _fullest(inputs, kept, as_long_as_a_limit_allows(inputs, kept))
