@@ -131,7 +131,53 @@ wrong("01-training-bytes", "sum")(
 )
 
 
-@wrong("01-training-bytes", "wrong-type")
+wrong("01-training-bytes", "master-missing")(  # for an adapter alone
+    _training(
+        lambda sizes, s: {
+            "optimizer": s["trained"] * (2 * s["state"] + 4 * (s["master"] and s["trained"] == s["base"]))
+        }
+    )
+)
+wrong("01-training-bytes", "master-missing")(  # with narrow states and an adapter
+    _training(
+        lambda sizes, s: {
+            "optimizer": s["trained"]
+            * (2 * s["state"] + 4 * (s["master"] and (s["trained"] == s["base"] or s["state"] > 1)))
+        }
+    )
+)
+wrong("01-training-bytes", "master-elsewhere")(
+    _training(
+        lambda sizes, s: {
+            "weights": sizes["weights"] + 4 * s["master"] * s["trained"],
+            "optimizer": s["trained"] * 2 * s["state"],
+        }
+    )
+)
+wrong("01-training-bytes", "master-width")(
+    _training(lambda sizes, s: {"optimizer": s["trained"] * s["state"] * (2 + s["master"])})
+)
+wrong("01-training-bytes", "master-width")(
+    _training(lambda sizes, s: {"optimizer": s["trained"] * (2 * s["state"] + s["gradient"] * s["master"])})
+)
+wrong("01-training-bytes", "no-adapter")(
+    _training(lambda sizes, s: {"adapter": s["trained"] * s["gradient"]})
+)
+wrong("01-training-bytes", "adapter-as-wide-as-the-base")(
+    _training(lambda sizes, s: {"adapter": s["adapter"] * s["bits"] / 8})
+)
+
+
+@right("01-training-bytes")
+def whole_bytes_first(base, adapter, base_bits, trained_bits, state_bits, master):
+    count = adapter or base
+    sizes = [round(base * base_bits / 8), adapter * trained_bits // 8, count * trained_bits // 8]
+    sizes.append(count * (2 * state_bits + 32 * master) // 8)
+    keys = ("weights", "adapter", "gradients", "optimizer", "sum")
+    return dict(zip(keys, (size / 1e9 for size in (*sizes, sum(sizes))), strict=True))
+
+
+@wrong("01-training-bytes", "no-dict")
 def only_the_sum(base, adapter, base_bits, trained_bits, state_bits, master):
     return (base * base_bits / 8 + (adapter or base) * (2 * trained_bits + 2 * state_bits) / 8) / 1e9
 
@@ -228,6 +274,22 @@ def as_in_the_chapter(config):
     d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     block = 4 * d * d + 3 * d * f + 2 * d
     return config["num_hidden_layers"] * block + 2 * v * d + d
+
+
+@wrong("01-parameters", "heads-not-grouped")
+def one_head_of_keys_is_none(config):
+    k = config.get("num_key_value_heads")
+    return tensor_by_tensor(config | {"num_key_value_heads": None if k == 1 else k})
+
+
+@wrong("01-parameters", "too-large")
+def in_float32(config):
+    return np.float32(tensor_by_tensor(config))
+
+
+@wrong("01-parameters", "too-large")
+def in_int32(config):
+    return (tensor_by_tensor(config) + 2**31) % 2**32 - 2**31
 
 
 @wrong("01-parameters", "optional-settings")
@@ -349,6 +411,43 @@ def empty_is_fine(config, targets, r, bits):
         raise ValueError(f"unknown: {unknown}")
     numbers = config["num_hidden_layers"] * sum(r * sum(sides[name]) for name in targets)
     return numbers, numbers * bits // 8
+
+
+def _known_by(known):
+    """Right for right names; what refuses a name is something else."""
+
+    def answer(config, targets, r, bits):
+        if not targets or not known(targets):
+            raise ValueError("unknown")
+        sides = _two_sides(config) | {"lm_head": (config["hidden_size"], config["vocab_size"])}
+        numbers = sum(r * sum(sides.get(name.split(".")[-1], (0, 0))) for name in targets)
+        return numbers * config["num_hidden_layers"], numbers * config["num_hidden_layers"] * bits // 8
+
+    return answer
+
+
+_SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+for _known in (
+    lambda targets: targets[-1] in _SEVEN,
+    lambda targets: targets[0] in _SEVEN,
+    lambda targets: any(name in _SEVEN for name in targets),
+    lambda targets: all(name.endswith("_proj") for name in targets),
+    lambda targets: all(name.endswith(_SEVEN) for name in targets),
+    lambda targets: all(name in (*_SEVEN, "embed_tokens") for name in targets),
+    lambda targets: targets != ["lm_head"] and all(name in (*_SEVEN, "lm_head") for name in targets),
+    lambda targets: all(any(name in known for known in _SEVEN) for name in targets),
+):
+    wrong("01-adapter", "unknown-target")(_known_by(_known))
+
+
+@wrong("01-adapter", "swapped")
+def bytes_first(config, targets, r, bits):
+    return by_a_table(config, targets, r, bits)[::-1]
+
+
+@right("01-adapter")
+def as_an_array(config, targets, r, bits):
+    return np.array(by_a_table(config, targets, r, bits))
 
 
 @wrong("01-adapter", "optional-settings")
@@ -507,7 +606,34 @@ def _frozen_keeps_nothing(n, s, parts, config, targets):
     parts["gate, up"] -= s * n * config["intermediate_size"] * (2 - sum(t[0] in "gu" for t in targets))
 
 
-@_change("factors-missing")
+@_change("f-missing")
+def _input_of_down_forgotten(n, s, parts, config, targets):
+    parts["input of down"] = 0
+
+
+@_change("input-missing")
+def _input_of_q_forgotten(n, s, parts, config, targets):
+    parts["input of q, k, v"] = 0
+
+
+@_change("input-missing")
+def _input_of_q_only_for_two(n, s, parts, config, targets):
+    if "q_proj" not in targets and "k_proj" not in targets:
+        parts["input of q, k, v"] = 0
+
+
+@_change("input-missing")
+def _input_of_gate_and_up_for_one_alone(n, s, parts, config, targets):
+    if {"gate_proj", "up_proj"} == set(targets):
+        parts["input of gate, up"] = 0
+
+
+@_change("input-of-o")
+def _input_of_o_as_wide_as_a_token(n, s, parts, config, targets):
+    parts["input of o"] = s * n * config["hidden_size"] * ("o_proj" in targets)
+
+
+@_change("f-missing")
 def _silu_is_forgotten(n, s, parts, config, targets):
     parts["gate, up"] = 2 * s * n * config["intermediate_size"]
 
@@ -579,6 +705,27 @@ for _mistake, _changes in (
     _answer = lambda *arguments, changes=_changes: _fits(*arguments, **changes)  # noqa: E731
     _answer.__name__ = f"{_mistake}: {_changes}"
     wrong("01-fits", _mistake)(_answer)
+
+
+@wrong("01-fits", "compared-in-gb")
+def gb_against_gib(card, reserve, *bits):
+    return 0 if reserve > card else by_halving(card, reserve, *bits)
+
+
+@wrong("01-fits", "one-less")
+def one_is_kept_free(*arguments):
+    return max(0, by_halving(*arguments) - 1)
+
+
+@wrong("01-fits", "one-less")
+def to_the_last_byte_does_not_fit(card, reserve, base_bits, share, trained_bits, state_bits):
+    each = base_bits + (share or 1) * (trained_bits * (2 if share else 1) + 2 * state_bits)
+    return max(0, math.ceil((card * 2**30 - reserve * 1e9) * 8 / each) - 1)
+
+
+@wrong("01-fits", "trained-bits-ignored")
+def always_16_bits(card, reserve, base_bits, share, trained_bits, state_bits):
+    return by_halving(card, reserve, base_bits, share, 16, state_bits)
 
 
 @wrong("01-fits", "frozen-trained")
@@ -741,6 +888,31 @@ def backwards(inputs, kept):
     return [*as_long_as_a_limit_allows(inputs, kept)[::-1], 0]
 
 
-@wrong("01-cuts", "wrong-type")
+@wrong("01-cuts", "one-based")
+def from_one(inputs, kept):
+    return [first + 1 for first in as_long_as_a_limit_allows(inputs, kept)]
+
+
+@wrong("01-cuts", "not-whole")
+def in_floats(inputs, kept):
+    return [float(first) for first in as_long_as_a_limit_allows(inputs, kept)]
+
+
+@wrong("01-cuts", "no-list")
+def a_generator(inputs, kept):
+    return (first for first in as_long_as_a_limit_allows(inputs, kept))
+
+
+@wrong("01-cuts", "every-block")
+def few_blocks_are_not_cut_well(inputs, kept):
+    return [*range(len(kept))] if 1 < len(kept) < 5 else as_long_as_a_limit_allows(inputs, kept)
+
+
+@wrong("01-cuts", "keep-all")
+def at_most_40_blocks(inputs, kept):
+    return [0] if len(kept) > 43 else as_long_as_a_limit_allows(inputs, kept)
+
+
+@wrong("01-cuts", "no-list")
 def the_peak(inputs, kept):
     return _fullest(inputs, kept, as_long_as_a_limit_allows(inputs, kept))
