@@ -421,7 +421,7 @@ def place(answer: Answer, draw: Draw) -> Score:
         best = min(_loss(_lloyd(weights, size, 2, start), weights, size) for start in (nf, steps))
         share = 100 * (known - _loss(got, weights, size)) / (known - best)
         if not share >= 90:
-            zero, one = ((got - _lloyd(weights, size, power, nf)).abs().max() < 0.02 for power in (0, 1))
+            zero, one = ((got - _lloyd(weights, size, power, nf)).abs().max() < 0.005 for power in (0, 1))
             name = (
                 "scales-ignored" if zero
                 else "scales-once" if one
