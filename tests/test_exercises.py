@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+import qlora_edu.checks as check
 from qlora_edu import notebooks
 from qlora_edu.notebooks import NotebookError
 from qlora_edu.notebooks.__main__ import main
@@ -20,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 SOLUTIONS = sorted((ROOT / "solutions").glob("*/*.ipynb"))
 EXERCISES = sorted((ROOT / "exercises").glob("*/*.ipynb"))
 
-HEADER = "## 1 · The forward pass\n\n★☆☆ · 10 minutes · 2 points\n\nWrite it."
+LINE = check.lora.forward.header
+HEADER = f"## 1 · The forward pass\n\n{LINE}\n\nWrite it."
 ANSWER = "def f(x, weight, a, b, alpha, r):\n    ### BEGIN SOLUTION\n    return x\n    ### END SOLUTION"
 CHECK = (
     "check.lora.forward(f)\n### BEGIN HIDDEN TESTS\ncheck.lora.forward(f, hidden=True)\n### END HIDDEN TESTS"
@@ -114,8 +116,8 @@ BROKEN = {
     "does not define g, which cell 4 checks": (HEADER, ANSWER, "check.lora.forward(g)"),
     "expected one check in a cell; got 2": (HEADER, ANSWER, "check.lora.forward(f)\ncheck.lora.init(f)"),
     "02-forward stands there 2 times": (HEADER, ANSWER, CHECK, HEADER, ANSWER, CHECK),
-    "expected a statement before it": ("## 1 · Another\n\n★☆☆ · 10 minutes · 2 points", ANSWER, CHECK),
-    "★☆☆ · 10 minutes · 2 points": ("## 1 · The forward pass\n\n★☆☆ · 99 minutes · 2 points", ANSWER, CHECK),
+    "expected a statement before it": (f"## 1 · Another\n\n{LINE}", ANSWER, CHECK),
+    LINE: ("## 1 · The forward pass\n\n★☆☆ · 99 minutes · 2 points", ANSWER, CHECK),
     "1 times ### BEGIN SOLUTION, 0 times": (HEADER, ANSWER.replace("    ### END SOLUTION", ""), CHECK),
     "must stand inside a function": (HEADER, "### BEGIN SOLUTION\nf = 1\n### END SOLUTION", CHECK),
     "an answer is not Python": (HEADER, ANSWER.replace("(x,", "(x"), CHECK),
