@@ -907,7 +907,7 @@ def largest_left(scales, levels, size):
 @wrong("05-mean", "wrong-type")
 def how_many_times(scales, levels, size):
     without, with_it = twice(scales, levels, size)
-    return without / with_it
+    return with_it / without
 
 
 @wrong("05-mean", "part-mean")
