@@ -5,6 +5,7 @@ python -m tests.matrix 02-init    only these exercises, and what the check says 
 """
 
 import sys
+import time
 from dataclasses import dataclass
 
 import qlora_edu.checks as check
@@ -19,6 +20,7 @@ class Row:
     name: str
     meant: str | None
     verdict: check.Verdict
+    seconds: float  # of computing
 
     @property
     def good(self) -> bool:
@@ -33,14 +35,18 @@ def rows(exercise: str, seed: int | None = None) -> list[Row]:
     attempts = [(a.__name__, None, a) for a in RIGHT[exercise]] + [
         (a.__name__, m, a) for m, a in WRONG[exercise]
     ]
-    return [Row(exercise, name, meant, judged.verdict(answer, seed)) for name, meant, answer in attempts]
+    found = []
+    for name, meant, answer in attempts:
+        start = time.process_time()
+        verdict = judged.verdict(answer, seed)
+        found.append(Row(exercise, name, meant, verdict, time.process_time() - start))
+    return found
 
 
 def main(only: list[str]) -> int:
     bad = 0
-    print(
-        f"{'exercise':<24}{'right':>6}{'accepted':>10}{'wrong':>7}{'rejected':>10}{'with its hint':>15}{'mistakes':>10}"
-    )
+    columns = f"{'right':>6}{'accepted':>10}{'wrong':>7}{'rejected':>10}{'with its hint':>15}{'mistakes':>10}"
+    print(f"{'exercise':<24}{columns}{'seconds':>9}")  # of computing, for the slowest right answer
     for exercise in check.exercises():
         if only and exercise not in only:
             continue
@@ -51,9 +57,9 @@ def main(only: list[str]) -> int:
         rejected = sum(not row.verdict.passed for row in wrong)
         hinted = sum(row.good for row in wrong)
         kinds = len({row.meant for row in wrong})
-        print(
-            f"{exercise:<24}{len(right):>6}{accepted:>10}{len(wrong):>7}{rejected:>10}{hinted:>15}{kinds:>10}"
-        )
+        slowest = max(row.seconds for row in right)
+        counts = f"{len(right):>6}{accepted:>10}{len(wrong):>7}{rejected:>10}{hinted:>15}{kinds:>10}"
+        print(f"{exercise:<24}{counts}{slowest:>9.2f}", flush=True)
         for row in judged:
             if not row.good or (only and row.meant is not None):
                 bad += not row.good

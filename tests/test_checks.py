@@ -74,9 +74,7 @@ def test_every_hint_is_met_by_a_wrong_answer(exercise):
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_the_solution_passes_twice_in_a_row_with_any_seed_and_thread_count(exercise):
     answer, judged = solution_of(exercise), EXERCISES[exercise]
-    start = time.process_time()
     verdicts = [judged.verdict(answer), judged.verdict(answer)]
-    assert time.process_time() - start < 8, "two checks of a few seconds at most"
     verdicts += [judged.verdict(answer, seed, hidden) for seed in (0, 1, 2**40) for hidden in (False, True)]
     threads = torch.get_num_threads()
     try:

@@ -78,7 +78,7 @@ def test_an_exercise_gives_nothing_away_and_runs_as_it_is_handed_out(path, tmp_p
     assert checks
     for cell in checks:
         said = "".join(output.get("text", "") for output in cell.outputs)
-        assert "not yet." in said and "NotImplementedError" in said, said
+        assert "not attempted yet." in said and "NotImplementedError" in said, said
 
 
 def test_the_student_gets_stubs_and_keeps_the_rest():

@@ -151,9 +151,7 @@ def test_graded_again_nothing_is_computed_and_nothing_changes(graded):
     folder, out, _, _ = graded
     before = {f: f.stat().st_mtime_ns for f in (out / "results").glob("*.json")}
     table = (out / "grades.csv").read_bytes()
-    start = time.monotonic()
     assert main([str(folder), "--out", str(out), "--seconds", "2"]) == 0
-    assert time.monotonic() - start < 60
     assert {f: f.stat().st_mtime_ns for f in (out / "results").glob("*.json")} == before
     assert (out / "grades.csv").read_bytes() == table
 

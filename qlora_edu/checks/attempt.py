@@ -43,10 +43,11 @@ class Outcome:
 
     Attributes:
         value: what was returned, in plain values: tensors, numbers, texts, None, and lists, tuples and dicts of them.
-        problem: "" or the id of what went wrong: "not-attempted", "crashed", "endless", "exited", "flood",
-        "not-yours". error: names of the exception's class and of those that it derives from.
+        problem: "" or the id of what went wrong: "not-attempted", "crashed", "endless", "exited", "flood", "not-yours".
+        error: names of the exception's class and of those that it derives from.
         message: the exception's text, and the student's line that raised it.
-        changed: positions of the inputs that were changed in place. shared: whether a result lies in an input's memory.
+        changed: positions of the inputs that were changed in place.
+        shared: whether a result lies in an input's memory.
         printed: the beginning of what was printed.
     """
 
@@ -101,9 +102,8 @@ def attempt(
 def _memory(value) -> set[int]:
     """Where the tensors among plain values lie."""
     if isinstance(value, Tensor):
-        return (
-            {value.untyped_storage().data_ptr()} if value.layout == torch.strided and value.numel() else set()
-        )
+        lies = value.layout == torch.strided and value.numel()
+        return {value.untyped_storage().data_ptr()} if lies else set()
     if isinstance(value, dict):
         value = list(value.values())
     return set().union(*map(_memory, value)) if isinstance(value, tuple | list) else set()
@@ -127,22 +127,16 @@ def plain(value):
     """
     if isinstance(value, Tensor):
         dense = not value.is_meta and value.layout == torch.strided and not value.is_quantized
-        return (
-            Tensor.detach(value).as_subclass(Tensor).cpu()
-            if dense
-            else _Other(f"{value.layout} tensor on {value.device}")
-        )
+        if not dense:
+            return _Other(f"{value.layout} tensor on {value.device}")
+        return Tensor.detach(value).as_subclass(Tensor).cpu()
     if value is None or isinstance(value, bool):
         return value
     for kind, itself in ((int, int.__index__), (float, float.__pos__), (str, str.__str__)):
         if isinstance(value, kind):  # a subclass may lie about sums and comparisons
             return itself(value)
     if isinstance(value, tuple | list):
-        return (
-            type(value)(plain(v) for v in value)
-            if type(value) in (tuple, list)
-            else [plain(v) for v in value]
-        )
+        return tuple(map(plain, value)) if type(value) is tuple else [plain(v) for v in value]
     if isinstance(value, dict):
         return {key if isinstance(key, str | int | tuple) else str(key): plain(v) for key, v in value.items()}
     if type(value).__module__ == "numpy":
@@ -243,15 +237,15 @@ def _own_work(allow: tuple[str, ...]):
     """Raise NotYours where code of the packages that hold the answers is called, however it is wrapped."""
 
     def watch(frame, event, argument):
-        if event == "call":
-            module = frame.f_globals.get("__name__", "")
-            name = frame.f_code.co_qualname
-            if module.partition(".")[0] in ANSWERS and not module.startswith(ALLOWED + allow):
-                raise NotYours(f"{module}.{name}")
-            if module.startswith(ALLOWED) and "." not in name and not name.startswith("<"):
-                # A check's own function, called by a notebook's code: an answer that asks the check.
-                if frame.f_back and frame.f_back.f_globals.get("__name__") == "__main__":
-                    raise NotYours(f"{module}.{name}")
+        if event != "call":
+            return
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_qualname
+        answer = module.partition(".")[0] in ANSWERS and not module.startswith(ALLOWED + allow)
+        # A check's own function, called by a notebook's code: an answer that asks the check.
+        caller = frame.f_back.f_globals.get("__name__") if frame.f_back else ""
+        asks = module.startswith(ALLOWED) and caller == "__main__" and name.isidentifier()
+        if answer or asks:
+            raise NotYours(f"{module}.{name}")
 
     before = sys.getprofile()
     sys.setprofile(watch)
@@ -263,11 +257,8 @@ def _own_work(allow: tuple[str, ...]):
 
 def _described(error: BaseException) -> str:
     """The exception in one line, and where in the student's code it was raised."""
-    text = (
-        f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}".rstrip(
-            ": "
-        )
-    )
+    first = (str(error).strip().splitlines() or [""])[0]
+    text = f"{type(error).__name__}: {first}".rstrip(": ")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
     own = [f for f in frames if "site-packages" not in f.filename and "/qlora_edu/" not in f.filename]
     for frame in reversed(own or frames):

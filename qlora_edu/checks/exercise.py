@@ -91,6 +91,8 @@ class Verdict:
     def __str__(self) -> str:
         if self.passed:
             return f"{self.exercise}: passed."
+        if self.mistake == "not-attempted":
+            return f"{self.exercise}: not attempted yet. {self.hint}"
         lines = [f"{self.exercise}: not yet."]
         rows = {"What": self.what, "Expected": self.expected, "Got": self.got, "Hint": self.hint}
         lines += [f"  {name + ':':<10}{text}" for name, text in rows.items() if text]

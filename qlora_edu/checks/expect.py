@@ -96,8 +96,8 @@ def close(
 
     Args:
         within: the largest difference that is allowed, one number or one for each place.
-        looks_like: what known mistakes would have given, by name, one tensor or several; the first that fits names
-        it. place: how to name the first place, from its index; by default "first at [i, j]".
+        looks_like: what known mistakes would have given, by name, one tensor or several; the first that fits names it.
+        place: how to name the first place, from its index; by default "first at [i, j]".
     """
     got = tensor(got, what)
     other = isinstance(within, Tensor) and got.shape != right.shape  # a mistake may have another shape
@@ -113,9 +113,10 @@ def close(
     named = fits[0] if fits else None
     if got.shape != right.shape:
         fail(f"{what}: the shape", tuple(right.shape), tuple(got.shape), named or "wrong-shape")
-    if dtype is not None and got.dtype != dtype:
-        fail(f"{what}: the dtype", str(dtype), str(got.dtype), named or "wrong-dtype")
     differs = _differs(got, right, within)
+    if dtype is not None and got.dtype != dtype:
+        other = named if differs.any() else None  # where the numbers are right, the dtype is the only mistake
+        fail(f"{what}: the dtype", str(dtype), str(got.dtype), other or "wrong-dtype")
     if differs.any():
         index = tuple(differs.nonzero()[0].tolist())
         where = place(index) if place else f"first at {list(index)}" if index else "it"
@@ -129,9 +130,13 @@ def close(
 
 
 def number(
-    got, right: float, what: str, within: float = 0.0, looks_like: Mapping[str, float] | None = None
+    got,
+    right: float,
+    what: str,
+    within: float = 0.0,
+    looks_like: Mapping[str, float | Sequence[float]] | None = None,
 ) -> None:
-    """Refuse unless `got` is a number that close to the right one."""
+    """Refuse unless `got` is a number that close to the right one. looks_like: by mistake, one number or several."""
     if isinstance(got, Tensor) and got.numel() == 1:
         got = got.item()
     if isinstance(got, int) and abs(got) >= 2**1023:
@@ -139,7 +144,12 @@ def number(
     if isinstance(got, bool) or not isinstance(got, int | float):
         fail(f"{what}: expected a number", right, f"{type(got).__name__}: {show(got)}", "wrong-type")
     if not abs(got - right) <= within:  # NaN is never close
-        fits = [name for name, wrong in (looks_like or {}).items() if abs(got - wrong) <= within]
+        fits = [
+            name
+            for name, numbers in (looks_like or {}).items()
+            for wrong in (numbers if isinstance(numbers, Sequence) else [numbers])
+            if abs(got - wrong) <= within
+        ]
         fail(what, right, got, fits[0] if fits else None)
 
 

@@ -27,12 +27,6 @@ def _otherwise(mistake: str | None):
         raise
 
 
-def _close(got, right: Tensor, what: str, within, wrong: dict, dtype: torch.dtype) -> None:
-    """`expect.close`, and after it the dtype: a mistake may make no difference in some case, and none of dtype."""
-    expect.close(got, right, what, within, wrong)
-    expect.tensor(got, what, dtype=dtype)
-
-
 def _alike(one, other) -> bool:
     """Whether two results are the same, be they ever so strange."""
     try:
@@ -69,12 +63,6 @@ def _doubtful(position: Tensor, slack: Tensor | float) -> Tensor:
     return ((position % 1 - 0.5).abs() <= slack).double()
 
 
-def _nearest_to(got, numbers: list[float]) -> float:
-    """The one of several numbers that is nearest to what came."""
-    got = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
-    return min(numbers, key=lambda n: abs(n - got)) if isinstance(got, int | float) else numbers[0]
-
-
 @exercise("03-absmax")
 def absmax(answer: Answer, draw: Draw) -> None:
     """`f(weight, bits)`: (codes int8, step, what comes back, float32), one absmax step for the whole tensor."""
@@ -108,11 +96,11 @@ def absmax(answer: Answer, draw: Draw) -> None:
             half = [torch.tensor(right).to(d).item() for d in (torch.float16, torch.bfloat16)]
             wrong = {
                 "one-too-many": top / (largest + 1),
-                "both-signs": _nearest_to(step, [top / (every - 1), 2 * top / (every - 1), top / every]),
+                "both-signs": [top / (every - 1), 2 * top / (every - 1), top / every],
                 "abs-missing": weight.max().item() / largest,
                 "step-inverted": 1 / right,
                 "absmax-for-step": top,
-                "sixteen-bits": _nearest_to(step, half),
+                "sixteen-bits": half,
             }
             expect.number(step, right, f"the step, {case}", 4 * EPSILON * right, wrong)
             position = weight.double() / right
@@ -124,16 +112,16 @@ def absmax(answer: Answer, draw: Draw) -> None:
                 "truncated": [cut.trunc(), cut.floor(), position.trunc()],
                 "unsigned": [exact + largest, exact + largest + 1, exact % 256],
             }
-            _close(codes, exact, f"the codes, {case}", unsure, wrong, torch.int8)
+            expect.close(codes, exact, f"the codes, {case}", unsure, wrong, torch.int8)
             meant = codes.double() * right
             wrong = {"step-missing": codes.double(), "absmax-for-step": codes.double() * top}
             within = 4 * EPSILON * meant.abs()
-            _close(back, meant, f"what comes back, {case}", within, wrong, torch.float32)
+            expect.close(back, meant, f"what comes back, {case}", within, wrong, torch.float32)
     zeros = torch.zeros(2, 3)
     with _otherwise("zero-division"):
         codes, step, back = expect.parts(answer(zeros, 4, crash="zero-division"), "the result", 3)
-        _close(codes, zeros, "the codes of zeros", 0.0, {}, torch.int8)
-        _close(back, zeros, "what comes back for zeros", 0.0, {}, torch.float32)
+        expect.close(codes, zeros, "the codes of zeros", 0.0, {}, torch.int8)
+        expect.close(back, zeros, "what comes back for zeros", 0.0, {}, torch.float32)
         expect.number(step, 0.0, "the step of zeros, which must be finite", within=3.4e38)
 
 
@@ -221,7 +209,7 @@ def blocks(answer: Answer, draw: Draw) -> None:
                 "level-in-scale": [scale.float() / levels[-1], scale.float() / levels.abs().max()],
                 "zero-scale": [scale.where(scale > 0, other) for other in (1.0, scales[1:2].double().sum())],
             }
-            _close(scales, scale, f"the scales, {case}", 1e-30, wrong, torch.float32)
+            expect.close(scales, scale, f"the scales, {case}", 1e-30, wrong, torch.float32)
             lengths = {(count * size,): "padding-kept", (count, size): "padding-kept"}
             lengths[(n // size * size,)] = "short-block"
             expect.tensor(codes, f"the codes, {case}", (n,), shape_mistakes=lengths if n % size else {})
@@ -234,7 +222,7 @@ def blocks(answer: Answer, draw: Draw) -> None:
                 "column-order": [columns[0], columns[0].view(across.shape).transpose(0, -1).flatten()],
             }
             within = 0.0 if mistake == "ties" else unsure
-            _close(codes, right, f"the codes, {case}", within, wrong, torch.uint8)
+            expect.close(codes, right, f"the codes, {case}", within, wrong, torch.uint8)
 
 
 @exercise("03-dequantize")
@@ -325,17 +313,17 @@ def minmax(answer: Answer, draw: Draw) -> None:
         wide = (max(high, 0) - min(low, 0)) / largest
         wrong = {"one-too-many": (high - low) / 2**bits, "range-with-zero": wide}
         wrong["absmax-for-range"] = max(high, -low) / largest
-        wrong["floor"] = _nearest_to(step, small) if high < 1e-12 else right
+        wrong["floor"] = small if high < 1e-12 else right
         expect.number(step, right, f"the step, {case}", 4 * EPSILON * right, wrong)
         # Step and quotient are rounded twice each; the sum with the zero point once more.
         exact = -low / right
         slack = 4 * EPSILON * (abs(exact) + largest + 1)
         clamps = (0, largest), (-largest, largest), (-128, 127), (0, 255), (-(2**15), 2**15)
         wrong = {
-            "zero-clamped": _nearest_to(zero, [min(max(exact, a), b) for a, b in clamps]),
+            "zero-clamped": [min(max(exact, a), b) for a, b in clamps],
             "zero-sign": -exact,
             "zero-as-weight": low,
-            "zero-wrapped": _nearest_to(zero, [exact % 256, (exact + 128) % 256 - 128]),
+            "zero-wrapped": [exact % 256, (exact + 128) % 256 - 128],
             "truncated": math.trunc(exact),
         }
         try:
@@ -356,7 +344,7 @@ def minmax(answer: Answer, draw: Draw) -> None:
             "zero-missing": [(w / right).round().clamp(0, largest), (w / right).round() % 256],
             "start-mixed": ((w - low) / right).round(),
         }
-        _close(codes, position.round(), f"the codes, {case}", unsure, wrong, torch.uint8)
+        expect.close(codes, position.round(), f"the codes, {case}", unsure, wrong, torch.uint8)
         q = codes.double()
         wrong = {
             "wrapped": ((q - zero) % 256).float() * float(step),
@@ -366,7 +354,7 @@ def minmax(answer: Answer, draw: Draw) -> None:
             "start-mixed": q * right + low,
         }
         within = 4 * EPSILON * right * (q + abs(zero) + 1)
-        _close(back, (q - zero) * right, f"what comes back, {case}", within, wrong, torch.float32)
+        expect.close(back, (q - zero) * right, f"what comes back, {case}", within, wrong, torch.float32)
 
 
 def _round_trip(weight: Tensor, bits: int, block_size: int, rounding=torch.round) -> Tensor:
@@ -408,9 +396,9 @@ def measure(answer: Answer, draw: Draw) -> None:
             right = bits + scales / n
             wrong = {
                 "scales-not-counted": bits,
-                "short-block": _nearest_to(cost, [bits + 32 / size, bits + 32 * (n // size) / n]),
+                "short-block": [bits + 32 / size, bits + 32 * (n // size) / n],
                 "per-weight": bits * n + scales,
-                "bytes": _nearest_to(cost, [bits + scales / 8 / n, right / 8]),
+                "bytes": [bits + scales / 8 / n, right / 8],
                 "sixteen-bits": bits + scales / 2 / n,
                 "rows-cut": bits + 32 * rows / n,
                 "zeros-not-counted": right - 32 * zeros / n,
@@ -425,10 +413,10 @@ def measure(answer: Answer, draw: Draw) -> None:
             sizes = [lost.abs().sum() / w.abs().sum(), (lost.abs() / w.abs()).nanmean()]
             wrong = {
                 "squared": exact**2,
-                "not-relative": _nearest_to(error, [m.item() for m in means]),
-                "magnitudes": _nearest_to(error, [s.item() for s in sizes]),
+                "not-relative": [m.item() for m in means],
+                "magnitudes": [s.item() for s in sizes],
                 "percent": 100 * exact,
-                "short-block": _nearest_to(error, [v.item() for v in without] or [exact]),
+                "short-block": [v.item() for v in without] or [exact],
                 # In float32, an absmax divided by its step may be less than the largest code, and lose a whole step.
                 "truncated": ((w - _round_trip(w.float(), bits, size, torch.trunc)).norm() / w.norm()).item(),
                 "one-step": ((w - _round_trip(w, bits, n)).norm() / w.norm()).item(),

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 
 import qlora_edu.checks as check
-from qlora_edu.checks.exercise import HINTS, Verdict, secret_seed
+from qlora_edu.checks.exercise import HINTS, secret_seed
 from qlora_edu.grading.session import Session
 from qlora_edu.grading.submissions import Assignment, Submission
 from qlora_edu.notebooks.exercises import Part
@@ -16,8 +16,8 @@ class PartResult:
     """A part of a submission.
 
     Attributes:
-        status: "passed", "failed", "hidden part failed", "not attempted", "missing", "unreadable", or, of a written
-        answer,     "to be marked" and "marked".
+        status: "passed", "failed", "hidden part failed", "not attempted", "missing", "unreadable"; of a written answer
+            "to be marked" and "marked".
         points: what it got; None while it is to be marked. of: what it is worth.
         feedback: what the student is told. mistake: the mistake that it looks like.
         answer: a written answer's text. score: of a challenge.
@@ -65,8 +65,8 @@ def grade(
     """Judge every part of a submission.
 
     Args:
-        secret: what the hidden part's inputs are drawn from. Neither the submission's process nor its feedback sees
-        it. hidden: folders that the submission may not read. memory: bytes that it may take.
+        secret: what the hidden part's inputs are drawn from; neither the submission's process nor its feedback sees it.
+        hidden: folders that the submission may not read. memory: bytes that it may take.
         seconds: for one call and one cell; None for the exercise's own limit.
     """
     if submission.problem:
@@ -75,8 +75,8 @@ def grade(
     result = Result(submission.student, assignment.topic, submission.sha256, version, notes=notes)
     with Session(submission.cells, hidden, memory, seconds, submission.given) as session:
         for part in assignment.parts:
-            judge = _written if part.check is None else _checked
-            result.parts.append(judge(part, submission, session, secret))
+            written = part.check is None
+            result.parts.append(_written(part, submission) if written else _checked(part, session, secret))
         result.notes += session.notes
     return result
 
@@ -87,14 +87,14 @@ def ungraded(submission: Submission, assignment: Assignment, problem: str, versi
     return Result(submission.student, assignment.topic, submission.sha256, version, parts, problem=problem)
 
 
-def _written(part: Part, submission: Submission, session: Session, secret: str) -> PartResult:
+def _written(part: Part, submission: Submission) -> PartResult:
     text = submission.written.get(part.id, "")
     if not text:
         return PartResult(part.id, "not attempted", 0, part.points, "There is no answer.")
     return PartResult(part.id, "to be marked", None, part.points, answer=text)
 
 
-def _checked(part: Part, submission: Submission, session: Session, secret: str) -> PartResult:
+def _checked(part: Part, session: Session, secret: str) -> PartResult:
     """The check as the student knows it, then the hidden rounds: of those only whether they passed is ever told."""
     exercise = check.exercises()[part.id]
     if not session.defined(part.name):
@@ -105,14 +105,13 @@ def _checked(part: Part, submission: Submission, session: Session, secret: str) 
     def ask(arguments: tuple):
         return session.outcome(exercise, part.name, arguments)
 
-    open_verdict: Verdict = exercise.judge(ask, secret_seed(secret, part.id, -1))
+    open_verdict = exercise.judge(ask, secret_seed(secret, part.id, -1))
     if not open_verdict.passed:
         if open_verdict.mistake == "not-attempted":
             return PartResult(
                 part.id, "not attempted", 0, part.points, "It is as it was handed out.", "not-attempted"
             )
-        status = "failed"
-        return PartResult(part.id, status, 0, part.points, str(open_verdict), open_verdict.mistake or "")
+        return PartResult(part.id, "failed", 0, part.points, str(open_verdict), open_verdict.mistake or "")
     for round in range(HIDDEN_ROUNDS):
         if not exercise.judge(ask, secret_seed(secret, part.id, round), hidden=True).passed:
             told = "It passes the check of the notebook, but not with other inputs. On which does it depend?"

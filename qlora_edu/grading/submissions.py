@@ -60,9 +60,9 @@ class Submission:
 def file_name(student: str) -> str:
     """A name for a student's files: the student's own where it is harmless, else made so, and still nobody else's."""
     plain = re.sub(r"[^\w@-]+", "-", student).strip("-")[:80]
-    return (
-        plain if plain == student.lower() else f"{plain}-{hashlib.sha256(student.encode()).hexdigest()[:8]}"
-    )
+    if plain == student.lower():  # some file systems do not tell capitals from small letters
+        return plain
+    return f"{plain}-{hashlib.sha256(student.encode()).hexdigest()[:8]}"
 
 
 @cache
@@ -120,16 +120,7 @@ def collect(folder: Path, known: dict[str, Assignment]) -> tuple[list[Submission
                 older, path = sorted((rival, path), key=lambda p: (p.stat().st_mtime_ns, str(p)))
                 ignored.append(f"{older.relative_to(folder)}: {path.relative_to(folder)} is newer")
             newest[student, topic] = path
-        elif path.is_file() and path.suffix in (
-            ".zip",
-            ".py",
-            ".pdf",
-            ".html",
-            ".tar",
-            ".gz",
-            ".txt",
-            ".docx",
-        ):
+        elif path.is_file() and not any(name.startswith(".") for name in place.parts):
             ignored.append(f"{place}: no notebook")
     ignored += [
         f"{name}: holds no notebook" for name in sorted(handed_in - {student for student, _ in newest})
@@ -163,6 +154,7 @@ def _which(place: Path, path: Path, known: dict[str, Assignment]) -> str:
 
 def read_submission(student: str, path: Path, assignment: Assignment) -> Submission:
     """A submission's file as data; whatever is wrong with it stands in `problem`."""
+    sha256 = ""
     try:
         if path.stat().st_size > LARGEST_BYTES:
             raise NotebookError(f"the file has {path.stat().st_size:,} bytes, more than {LARGEST_BYTES:,}")
@@ -177,8 +169,9 @@ def read_submission(student: str, path: Path, assignment: Assignment) -> Submiss
             raise NotebookError(f"it is not a notebook: {error}") from None
     except (OSError, NotebookError) as error:
         problem = f"the file cannot be read: {str(error).replace(str(path), path.name)[:300]}"
-        return Submission(student, assignment.topic, path, locals().get("sha256", ""), problem)
-    cells, written = [*_given_definitions(assignment)], {}
+        return Submission(student, assignment.topic, path, sha256, problem)
+    given = _given_definitions(assignment)
+    cells, written = [], {}
     for id, cell in zip(ids, notebook.cells, strict=True):
         if cell.cell_type == "code":
             own = id in assignment.ids or assignment.given.get(id) != cell.source
@@ -188,8 +181,8 @@ def read_submission(student: str, path: Path, assignment: Assignment) -> Submiss
             written[part] = cell.source
     texts = {part: text for part, text in written.items() if text.strip() not in ("", WRITTEN_STUB)}
     note = "made from another version of the exercises" if version and version != assignment.version else ""
-    given = len(_given_definitions(assignment))
-    return Submission(student, assignment.topic, path, sha256, "", tuple(cells), given, texts, note)
+    every = (*given, *cells)
+    return Submission(student, assignment.topic, path, sha256, "", every, len(given), texts, note)
 
 
 def _written_part(id: str, cell: nbformat.NotebookNode, assignment: Assignment) -> str | None:
