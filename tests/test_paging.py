@@ -413,7 +413,7 @@ def test_a_closure_is_called_with_gradients_on():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"memory": 1000}, "memory: expected a UnifiedMemory; got int"),
+        ({"memory": 1000}, "memory: expected a UnifiedMemory or ManagedMemory; got int"),
         ({"lr": -1}, "lr: expected a number of at least 0"),
         ({"lr": math.nan}, "lr: expected a number of at least 0"),
         ({"betas": (0.9, 1.0)}, "betas: expected a number of at least 0 and below 1; got 1.0"),

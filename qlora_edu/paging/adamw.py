@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu.paging.checks import check_flag, check_gradient, check_group, check_number, check_parameter
+from qlora_edu.paging.managed import ManagedMemory
 from qlora_edu.paging.memory import Block, UnifiedMemory
 
 STATES = ("exp_avg", "exp_avg_sq")  # torch's names for m and v
@@ -44,8 +45,11 @@ def adamw_(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, lr, betas, eps, w
 class PagedAdamW(torch.optim.Optimizer):
     """AdamW with its states in a `UnifiedMemory`: bit for bit the numbers of torch.optim.AdamW, whatever the budget.
 
+    On a GPU, with its states in a `ManagedMemory`: those of AdamW(foreach=False), which torch does not use by default.
+
     Args:
-        params: contiguous float parameters on the CPU, or groups of them, as for any optimizer of torch.
+        params: contiguous float parameters, or groups of them, as for any optimizer of torch; on the CPU for
+            `UnifiedMemory`, which simulates a device there, on the memory's own device for `ManagedMemory`.
         memory: where the states live.
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         min_numel: states of at least so many numbers are paged, smaller ones resident, as bitsandbytes does with 1e5.
@@ -58,7 +62,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params,
-        memory: UnifiedMemory,
+        memory: UnifiedMemory | ManagedMemory,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -66,8 +70,8 @@ class PagedAdamW(torch.optim.Optimizer):
         min_numel: float = 100_000,
         prefetch: bool = False,
     ):
-        if not isinstance(memory, UnifiedMemory):
-            raise TypeError(f"memory: expected a UnifiedMemory; got {type(memory).__name__}")
+        if not isinstance(memory, UnifiedMemory | ManagedMemory):
+            raise TypeError(f"memory: expected a UnifiedMemory or ManagedMemory; got {type(memory).__name__}")
         if min_numel != math.inf:
             check_number("min_numel", min_numel)
         check_flag("prefetch", prefetch)
@@ -78,7 +82,7 @@ class PagedAdamW(torch.optim.Optimizer):
         """As in torch, which calls this for every group; one that cannot be trained is refused."""
         super().add_param_group(param_group)
         try:
-            check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1], self.memory.device)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -99,7 +103,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 loss = closure()
         due = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         for p, _ in due:
-            check_parameter(p)
+            check_parameter(p, self.memory.device)
             self._check_unchanged(p)
             check_gradient(p)
         for p, group in due:
@@ -179,7 +183,7 @@ class PagedAdamW(torch.optim.Optimizer):
             for group in self.param_groups:
                 if missing := [name for name in OPTIONS if name not in group]:
                     raise ValueError(f"state_dict: expected one of AdamW; a group lacks {', '.join(missing)}")
-                check_group(group)
+                check_group(group, self.memory.device)
             loaded, self.state = self.state, defaultdict(dict)  # torch has put tensors there; blocks follow
             for p, tensors in loaded.items():
                 if any(name not in tensors or tensors[name].shape != p.shape for name in STATES):

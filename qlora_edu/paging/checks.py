@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from qlora_edu.paging.pages import Block
@@ -51,7 +52,7 @@ def check_number(name: str, value: float, most: float = math.inf) -> None:
         raise ValueError(f"{name}: expected a number of at least 0{below}; got {value!r}")
 
 
-def check_group(group: dict) -> None:
+def check_group(group: dict, device: torch.device) -> None:
     """Raise a ValueError unless `PagedAdamW` can train this group of parameters with its options."""
     for name in ("lr", "eps", "weight_decay"):
         check_number(name, group[name])
@@ -66,14 +67,15 @@ def check_group(group: dict) -> None:
     if not group.get("decoupled_weight_decay", True):
         raise ValueError("decoupled_weight_decay: expected True, which is AdamW; got False, which is Adam")
     for p in group["params"]:
-        check_parameter(p)
+        check_parameter(p, device)
 
 
-def check_parameter(p: Tensor) -> None:
-    """Raise a ValueError unless `p` is a contiguous float tensor on the CPU that has numbers."""
-    if not p.is_floating_point() or p.device.type != "cpu" or not p.is_contiguous() or not p.numel():
+def check_parameter(p: Tensor, device: torch.device) -> None:
+    """Raise a ValueError unless `p` is a contiguous float tensor on `device` that has numbers."""
+    if not p.is_floating_point() or p.device != device or not p.is_contiguous() or not p.numel():
+        where = "the CPU" if device.type == "cpu" else str(device)
         raise ValueError(
-            "params: expected contiguous float tensors on the CPU with at least one number; got "
+            f"params: expected contiguous float tensors on {where} with at least one number; got "
             f"{p.dtype} on {p.device}, shape {tuple(p.shape)}, contiguous: {p.is_contiguous()}"
         )
 

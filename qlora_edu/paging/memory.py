@@ -36,6 +36,7 @@ class UnifiedMemory:
         policy: which managed page makes room: "lru", that not touched for longest, or "mru", that touched last.
 
     Attributes:
+        device: where its tensors are: the simulated device is a buffer in the CPU's memory.
         faults, hits: touches of managed pages that were not on the device, and that were.
         bytes_in, bytes_out: moved to the device (by faults and by prefetching), and evicted from it.
         timeline: list of Event; hits are only counted. step: a label that the user of the memory sets.
@@ -44,6 +45,7 @@ class UnifiedMemory:
     def __init__(self, budget: int, page: int = 64 * 1024, policy: str = "lru"):
         check_device(budget, page, policy)
         self.budget, self.page, self.policy, self.step = budget, page, policy, 0
+        self.device = torch.device("cpu")
         self._device = torch.full((budget // page, page), POISON, dtype=torch.uint8)
         # A frame is a row of _device. It is in _free, or `block.frames` says which page of which block it holds.
         self._free = list(range(budget // page))
