@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qlora_edu import codebooks
 from qlora_edu.double_quantization import QuantizedScales, quantize_scales, to_blocks
-from qlora_edu.kernels.decode import decode_into
+from qlora_edu.kernels import choice
 from qlora_edu.kernels.encode import encode_into
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -202,6 +202,7 @@ class QuantizedTensor:
             )
         flat, scales = out.view(-1), self.scales()
         whole = self.numel // self.block_size * self.block_size
+        decode_into = choice.decoder(flat.device)
         decode_into(flat[:whole], self.packed[: whole // 2], scales, self.codebook, self.block_size)
         if whole < self.numel:
             rest = self.packed[whole // 2 :]

@@ -248,6 +248,8 @@ def test_every_dependency_is_pinned_within_its_range_and_no_pin_names_a_place():
         assert specifier.operator == "=="
         pins.setdefault(canonicalize_name(pin.name), []).append(specifier.version)
     for one in wanted:
+        if one.name == "triton":
+            continue  # a torch for CUDA asks for one version of it: a pin would be in its way
         assert pins.get(canonicalize_name(one.name)), f"{one.name} is not pinned in constraints.txt"
         assert all(version in one.specifier for version in pins[canonicalize_name(one.name)]), one
     assert not [name for name in pins if name.startswith(("nvidia-", "cuda-")) or name == "triton"]

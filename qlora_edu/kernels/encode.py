@@ -15,6 +15,7 @@ from qlora_edu import codebooks
 
 CELLS = 1024
 WEIGHTS_PER_PIECE = 2**17  # as in `decode`: the pieces of one step stay in the cache
+WEIGHTS_PER_PIECE_ON_GPU = 2**24  # there a call costs more than its work, unless it has much to do
 _NO_THRESHOLD = 2.0  # above every weight
 
 
@@ -49,7 +50,7 @@ def encode_into(packed: Tensor, weight: Tensor, inverse: Tensor, codebook: str, 
         packed. A code belongs to the level nearest to the float32 product weight * inverse; a tie to the lower one.
     """
     threshold, codes = _tables(codebook, packed.device)
-    piece = max(WEIGHTS_PER_PIECE, block_size)
+    piece = max(WEIGHTS_PER_PIECE_ON_GPU if weight.is_cuda else WEIGHTS_PER_PIECE, block_size)
     for start in range(0, weight.numel(), piece):
         stop = min(start + piece, weight.numel())
         rows = weight[start:stop].view(-1, block_size)
