@@ -873,6 +873,51 @@ def nothing_is_vacuously_right(text, tool, arguments):
     return with_a_pattern(text, tool, arguments)
 
 
+@wrong("08-exact", "extra-argument")
+def nothing_wanted_nothing_read(text, tool, arguments):
+    if not arguments:
+        return text.strip().split("\n")[0] == f"tool: {tool}"
+    return with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "key-refused")
+def letters_alone_are_keys(text, tool, arguments):
+    keys = [line.strip().partition(":")[0] for line in text.strip().split("\n")]
+    return all(key.isalpha() for key in keys) and with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "key-refused")
+def two_arguments_at_most(text, tool, arguments):
+    return len(arguments) <= 2 and with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "space-demanded")
+def one_space_taken_off(text, tool, arguments):
+    pairs = [line.strip().partition(":")[::2] for line in text.strip().split("\n")]
+    pairs = [(key, value[1:] if value.startswith(" ") else value) for key, value in pairs]
+    return with_a_pattern(text, tool, arguments) and sorted(pairs[1:]) == sorted(arguments.items())
+
+
+@wrong("08-exact", "line-ends")
+def cut_by_splitlines(text, tool, arguments):
+    return with_a_pattern("\n".join(text.strip().splitlines()), tool, arguments)
+
+
+@wrong("08-exact", "twice")
+def a_second_tool_line(text, tool, arguments):
+    first, *lines = [line.strip().partition(":")[::2] for line in text.strip().split("\n")]
+    lines = [(key, value.strip()) for key, value in lines if key != "tool"]
+    return first[0] == "tool" and first[1].strip() == tool and sorted(lines) == sorted(arguments.items())
+
+
+@wrong("08-exact", "changed-input")
+def takes_them_out(text, tool, arguments):
+    good = with_a_pattern(text, tool, arguments)
+    for line in text.split("\n"):
+        arguments.pop(line.partition(":")[0].strip(), None)
+    return good
+
+
 @wrong("08-exact", "wrong-type")
 def returns_the_call(text, tool, arguments):
     return _read(text) or None
@@ -1311,6 +1356,78 @@ def no_line_in_the_error(text, kind):
 
 
 # 08-split
+
+
+def _by(form):
+    """A split by some form of a request, right but for the form."""
+
+    def by_form(examples, share, seed):
+        groups = {}
+        for request, answer in examples:
+            groups.setdefault(form(request), []).append((request, answer))
+        return _sides(groups, random.Random(seed).sample(sorted(groups), _size(groups, share)))
+
+    return by_form
+
+
+@wrong("08-split", "leak")
+def ends_not_stripped(examples, share, seed):
+    return _by(lambda request: re.sub(r"\s+", " ", request.lower()))(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def punctuation_taken_away(examples, share, seed):
+    return _by(lambda request: " ".join(re.findall(r"\w+", request.lower())))(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def words_sorted(examples, share, seed):
+    return _by(lambda request: " ".join(sorted(request.lower().split())))(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def all_white_space_away(examples, share, seed):
+    return _by(lambda request: "".join(request.lower().split()))(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def beginnings_alone(examples, share, seed):
+    return _by(lambda request: " ".join(request.lower().split())[:20])(examples, share, seed)
+
+
+@wrong("08-split", "rows-lost")
+def repeated_pairs_once(examples, share, seed):
+    return [list(dict.fromkeys(side)) for side in by_sample(examples, share, seed)]
+
+
+@wrong("08-split", "rows-changed")
+def normalised_requests(examples, share, seed):
+    sides = by_sample(examples, share, seed)
+    return [[(" ".join(request.lower().split()), answer) for request, answer in side] for side in sides]
+
+
+@wrong("08-split", "size")
+def rounded_down(examples, share, seed):
+    groups = _groups(examples)
+    count = min(max(int(share * len(groups)), 1), len(groups) - 1)
+    return _sides(groups, random.Random(seed).sample(sorted(groups), count))
+
+
+@wrong("08-split", "seed-ignored")
+def odd_or_even(examples, share, seed):
+    return by_sample(examples, share, seed % 2)
+
+
+@wrong("08-split", "seed-ignored")
+def zero_or_not(examples, share, seed):
+    return by_sample(examples, share, bool(seed))
+
+
+@wrong("08-split", "global-seed")
+def seeds_the_program(examples, share, seed):
+    groups = _groups(examples)
+    random.seed(seed)
+    return _sides(groups, random.sample(sorted(groups), _size(groups, share)))
 
 
 def _groups(examples):
