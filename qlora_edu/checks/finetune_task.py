@@ -191,6 +191,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     two = [(a, b), (c, d)]
+    wide, high = f"{a}  {b}\t{c}", [(a.upper(), b), (a, d)]
     for kind, mistake, what, text, right in (
         ("csv", "refuses-right", "a plain CSV file", f"{head}{a},{b}\n{c},{d}\n", two),
         ("csv", "by-position", "columns in another order", f"id,answer,request\n1,{b},{a}\n2,{d},{c}", two),
@@ -202,6 +203,9 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "blank-lines", "empty lines", f"\n{head}\n{a},{b}\n \n\n{c},{d}\n\n", two),
         ("csv", "not-stripped", "white space around texts", f"{head} {a} ,\t{b} \r\n{c},{d} \r\n", two),
         ("csv", "repeated", "a record that comes twice", f"{head}{a},{b}\n{c},{d}\n{a} ,{b}\n", two),
+        ("csv", "splitlines", "the character U+2028 in a field", f"{head}{odd},{b}\n", [(odd, b)]),
+        ("csv", "squeezed", "white space inside texts", f"{head}{wide},{b}  {d}\n", [(wide, f"{b}  {d}")]),
+        ("csv", "capitals", "a request in capitals", f"{head}{a.upper()},{b}\n{a},{d}\n", high),
         ("jsonl", "refuses-right", "a plain JSONL file", objects(*two[::-1]), two[::-1]),
         ("jsonl", "by-position", "one more key, before the others", objects(*two, id="1"), two),
         ("jsonl", "bom", "a byte order mark", "\ufeff" + objects(*two), two),
@@ -209,20 +213,30 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("jsonl", "not-stripped", "white space around texts", objects((f" {a}\n", f"{b} ")), two[:1]),
         ("jsonl", "splitlines", "the character U+2028 in a text", objects((odd, b)), [(odd, b)]),
         ("jsonl", "repeated", "a record that comes twice", objects(*two, two[0]), two),
+        ("jsonl", "squeezed", "white space inside texts", objects((wide, wide)), [(wide, wide)]),
+        ("jsonl", "capitals", "a request in capitals", objects(*high), high),
     ):  # fmt: skip
         facts, what = answer(text, kind, crash=mistake), f"{what} ({kind})"
         if "refused" in facts:
             expect.fail(what, "a list", f"ValueError: {facts['refused']}", mistake)
         expect.same(_pairs(facts["examples"], what), right, what, {mistake: _pairs(facts["examples"], what)})
     before_csv, before = f'\n{head}{a},"{b}\n{c}"\n\n', "\n" + objects((a, b)) + "\n" + objects((c, d))
+    three, none = f"id,request,answer\nx,{a},{b}\n", f"\n \nid,{{}}\n{a},{b}\n"
+    more = [(f"note {word}", f"reply {word}") for word in "klmnopqrstuvwxyz"]  # good records come after
     for kind, mistake, what, text, lines in (
         ("csv", "missing-column", "no column `answer`", f"request,reply\n{a},{b}\n", {1}),
+        ("csv", "missing-column", "no column `request`", f"note,answer\n{a},{b}\n", {1}),
+        ("csv", "missing-column", "no column `answer`", none.format("request"), {3}),
+        ("csv", "missing-column", "no column `request`", none.format("answer"), {3}),
         ("csv", "short-row", "a row with one field", f"{before_csv}{d}\n{c},{a}\n", {6}),
+        ("csv", "short-row", "a row with two fields of three", f"{three}y,{c}\n", {3}),
+        ("csv", "long-row", "a row with four fields of three", f"{three}y,{c},{d},\n", {3}),
         ("csv", "long-row", "a comma without quotes", f"{before_csv}{d},{a}, {b}\n", {6}),
         ("csv", "empty", "an answer of white space", f"{before_csv}{d}, \n", {6}),
         ("csv", "empty", "an empty request", f'{head}{a},{b}\n,"{c}\n{d}"\n', {3, 4}),
         ("csv", "empty", "a row of a comma alone", f"{before_csv},\n", {6}),
         ("csv", "contradiction", "a request with two answers", f"{before_csv}{d},{b}\n{a},{d}\n", {7}),
+        ("jsonl", "missing-key", "no key `request`", before + '{"answer": "y"}\n', {5}),
         ("jsonl", "missing-key", "no key `answer`", before + '{"request": "x"}\n', {5}),
         ("jsonl", "broken", "a line that is no JSON", before + "{'request': 'x', 'answer': 'y'}\n", {5}),
         ("jsonl", "not-text", "a number for a text", before + '{"request": "x", "answer": 7}\n', {5}),
@@ -233,24 +247,22 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "nothing", "an empty text", "", None),
         ("csv", "nothing", "a header alone", head, None),
         ("jsonl", "nothing", "an empty text", "\n", None),
-        (
-            draw.choice(["xlsx", "json", "CSV"]),
-            "unknown-kind",
-            "another kind of file",
-            f"{head}{a},{b}\n",
-            None,
-        ),
-    ):
+        (draw.choice(["xlsx", "CSV", "x"]), "unknown-kind", "a kind of file", f"{head}{a},{b}\n", None),
+        (draw.choice(["xlsx", "JSONL", "json"]), "unknown-kind", "a kind of file", objects(*two), None),
+    ):  # fmt: skip
+        if lines:
+            fields = text.strip("\n ").split("\n")[0].count(",") - 1  # columns beside the two
+            rows = "".join(f"{'z,' * fields}{x},{y}\n" for x, y in more)
+            text += rows if kind == "csv" else objects(*more)
         facts, what = answer(text, kind, crash=mistake), f"{what} ({kind})"
         if "refused" not in facts:
             expect.fail(what, "a ValueError", facts["examples"], mistake)
         named = {int(number) for number in re.findall(r"\d+", facts["refused"])}
         if lines and not named & lines:
-            wanted, mistake = (
-                f"a ValueError that names line {min(lines)}",
-                "line-wrong" if named else "line-unnamed",
-            )
-            expect.fail(what, wanted, facts["refused"], mistake)
+            wanted = f"a ValueError that names line {min(lines)}"
+            expect.fail(what, wanted, facts["refused"], "line-wrong" if named else "line-unnamed")
+        if lines and len(named) > 8:  # a message may have some other numbers, such as columns and characters
+            expect.fail(what, f"line {min(lines)} alone", facts["refused"], "lines-all")
 
 
 def _split_elsewhere(student, examples, share, seed):
@@ -259,12 +271,16 @@ def _split_elsewhere(student, examples, share, seed):
     Also whether it leaves the generators alone that everybody draws from.
     """
     salt, true_hash = next(_SALTS), hash
-    state, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_state = str(numpy.random.get_state())
+    before = _generators()
     with patch("builtins.hash", lambda value: true_hash((salt, value))):
         sides = student(examples, share, seed)
-    kept = state == random.getstate() and numpy_state == str(numpy.random.get_state())
-    return {"sides": sides, "kept": kept and torch.equal(torch_state, torch.get_rng_state())}
+    return {"sides": sides, "kept": before == _generators()}
+
+
+def _generators() -> tuple:
+    """The states of the generators that a whole program draws from."""
+    _, keys, position, *_ = numpy.random.get_state()
+    return random.getstate(), keys.tobytes(), position, torch.get_rng_state().numpy().tobytes()
 
 
 def _key(request: str) -> str:

@@ -1057,10 +1057,15 @@ def _json_rows(text, lines=None):
             yield number, record["request"], record["answer"]
 
 
-def _csv_records(text):
-    (_, header), *rows = _csv_rows(text)
+def _csv_table(text):
+    (number, header), *rows = _csv_rows(text)
     if not {"request", "answer"} <= set(header):
-        raise ValueError("line 1: expected the columns request and answer")
+        raise ValueError(f"line {number}: expected the columns request and answer")
+    return header, rows
+
+
+def _csv_records(text):
+    header, rows = _csv_table(text)
     for number, row in rows:
         if len(row) != len(header):
             raise ValueError(f"line {number}: {len(row)} fields")
@@ -1222,9 +1227,7 @@ def columns_trusted(text, kind):
 def rows_trusted(text, kind):
     if kind != "csv":
         return with_csv_reader(text, kind)
-    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
-    if "answer" not in header:
-        raise ValueError("line 1: no answer")
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
     at = header.index("request"), header.index("answer")
     return _collected((number, *(row[i].strip() for i in at)) for number, row in rows)
 
@@ -1233,9 +1236,7 @@ def rows_trusted(text, kind):
 def the_rest_is_dropped(text, kind):
     if kind != "csv":
         return with_csv_reader(text, kind)
-    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
-    if "answer" not in header:
-        raise ValueError("line 1: no answer")
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
     at = header.index("request"), header.index("answer")
     records = []
     for number, row in rows:
@@ -1328,9 +1329,7 @@ def the_errors_of_json(text, kind):
 def counts_records(text, kind):
     if kind != "csv":
         return with_csv_reader(text, kind)
-    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
-    if "answer" not in header:
-        raise ValueError("line 1: no answer")
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
     for number, (_, row) in enumerate(rows, start=2):
         if len(row) != len(header):
             raise ValueError(f"line {number}: {len(row)} fields")
@@ -1345,6 +1344,114 @@ def stripped_first(text, kind):
 @wrong("08-examples", "line-breaks")
 def requests_on_one_line(text, kind):
     return [(request.replace("\n", " "), answer) for request, answer in with_csv_reader(text, kind)]
+
+
+@wrong("08-examples", "unknown-kind")
+def all_else_is_jsonl(text, kind):
+    return with_csv_reader(text, "csv" if kind == "csv" else "jsonl")
+
+
+@wrong("08-examples", "missing-key")
+def request_trusted(text, kind):
+    if kind == "csv":
+        return with_csv_reader(text, kind)
+    records = []
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
+        if line.strip():
+            record = json.loads(line)
+            if "answer" not in record:
+                raise ValueError(f"line {number}: no answer")
+            records.append((number, record["request"], record["answer"]))
+    return _collected(records)
+
+
+@wrong("08-examples", "missing-column")
+def answer_alone_asked_for(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    (number, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
+    if "answer" not in header:
+        raise ValueError(f"line {number}: no answer")
+    rows = [(number, dict(zip(header, row, strict=False))) for number, row in rows]
+    return _collected((number, row["request"], row["answer"]) for number, row in rows)
+
+
+@wrong("08-examples", "short-row")
+def short_rows_of_many_dropped(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
+    records = []
+    for number, row in rows:
+        if 2 <= len(row) < len(header):
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"line {number}: {len(row)} fields")
+        records.append((number, row[header.index("request")], row[header.index("answer")]))
+    return _collected(records)
+
+
+@wrong("08-examples", "long-row")
+def long_rows_of_many_cut(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
+    records = []
+    for number, row in rows:
+        if len(row) != len(header) and (len(header) == 2 or len(row) < len(header)):
+            raise ValueError(f"line {number}: {len(row)} fields")
+        records.append((number, row[header.index("request")], row[header.index("answer")]))
+    return _collected(records)
+
+
+@wrong("08-examples", "line-wrong")
+def header_is_line_one(text, kind):
+    if kind == "csv" and text.strip():
+        _, header = _csv_rows(text.removeprefix("\ufeff"))[0]
+        if not {"request", "answer"} <= set(header):
+            raise ValueError("line 1: a column is missing")
+    return with_csv_reader(text, kind)
+
+
+@wrong("08-examples", "lines-all")
+def every_line_is_named(text, kind):
+    try:
+        return with_csv_reader(text, kind)
+    except ValueError:
+        raise ValueError(f"one of the lines {list(range(1, len(text.split(chr(10))) + 1))}") from None
+
+
+@wrong("08-examples", "squeezed")
+def one_space_each(text, kind):
+    return [tuple(re.sub(" +", " ", t) for t in pair) for pair in with_csv_reader(text, kind)]
+
+
+@wrong("08-examples", "squeezed")
+def tabs_to_spaces(text, kind):
+    return [tuple(t.replace("\t", " ") for t in pair) for pair in with_csv_reader(text, kind)]
+
+
+@wrong("08-examples", "capitals")
+def capitals_do_not_count(text, kind):
+    found = {}
+    for request, answer in with_csv_reader(text, kind):
+        found.setdefault(request.lower(), (request, answer))
+    return list(found.values())
+
+
+@wrong("08-examples", "splitlines")
+def csv_of_splitlines(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    reader = csv.reader(text.removeprefix("\ufeff").splitlines(True))
+    rows = [(reader.line_num, row) for row in reader if "".join(row).strip() or len(row) > 1]
+    (_, header), *rows = rows
+    at, records = (header.index("request"), header.index("answer")), []
+    for number, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"line {number}: fields")
+        records.append((number, *(row[i] for i in at)))
+    return _collected(records)
 
 
 @wrong("08-examples", "line-unnamed")
