@@ -131,25 +131,34 @@ def _bounds(right: int, n: int, z: float) -> tuple[float, float]:
 @exercise("08-interval")
 def interval(answer: Answer, draw: Draw) -> None:
     """`f(right, n, confidence)`: (low, high), Wilson's interval for a share."""
-    some = draw.whole(11, 60)
+    some, many = draw.whole(11, 60), draw.whole(1000, 5000)
     for right, n, confidence in (
-        (31, 40, 0.95),
+        (17, 24, 0.8),  # where a rounded z is seen
         (draw.whole(1, some - 1), some, draw.number(0.6, 0.94)),
+        (31, 40, 0.95),
         (0, some, 0.9),
         (some, some, 0.99),
         (1, 2, 0.5),
+        (draw.whole(1, many - 1), many, draw.number(0.991, 0.9999)),
+        (draw.whole(0, 1), 1, draw.number(0.02, 0.45)),
     ):
         z = _halved(0.0, 9.0, lambda z, c=confidence: math.erf(z / math.sqrt(2)) >= c)
         one_sided = _halved(0.0, 9.0, lambda z, c=confidence: (1 + math.erf(z / math.sqrt(2))) / 2 >= c)
         share, low_high = right / n, _bounds(right, n, z)
         normal = torch.tensor([-1.0, 1.0]).double() * z * math.sqrt(share * (1 - share) / n) + share
+        between = 0 < right < n
         wilson = torch.tensor(low_high, dtype=torch.float64)
         what = f"the interval for {right} of {n} at {confidence:.4g}"
-        got = numbers(expect.parts(answer(right, n, confidence), what, 2), what, 2)
+        got = numbers(answer(right, n, confidence), what, 2)
         looks = {
-            "normal": [normal, normal.clamp(0, 1)],
+            "normal": [normal, normal.clamp(0, 1)] if between else [],
+            "point": [] if between else normal,
             "one-sided": torch.tensor(_bounds(right, n, one_sided), dtype=torch.float64),
             "z-fixed": torch.tensor(_bounds(right, n, 1.96), dtype=torch.float64),
+            "z-rounded": [
+                torch.tensor(_bounds(right, n, round(z, digits)), dtype=torch.float64)
+                for digits in (1, 2, 3, 4)
+            ],
             "not-scaled": wilson * (1 + z**2 / n),
             "centre-kept": share + torch.tensor([-0.5, 0.5]).double() * (wilson[1] - wilson[0]),
             "swapped": wilson.flip(0),

@@ -184,6 +184,35 @@ def mask_of_bools(rows, eos_id, pad_id):
     return ids, mask.bool(), labels
 
 
+@wrong("08-labels", "value-masked")
+def zero_is_nothing(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, mask, labels.masked_fill(labels == 0, -100)
+
+
+@wrong("08-labels", "value-masked")
+def padding_by_value_inside(rows, eos_id, pad_id):
+    ids, mask, labels, _, ends = _batch(rows, eos_id, pad_id)
+    for i, end in enumerate(ends):
+        labels[i, : end - 1][ids[i, : end - 1] == pad_id] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "empty-answer")
+def nothing_to_score_in_an_empty_answer(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    for i, (_, answer) in enumerate(rows):
+        if not answer:
+            labels[i] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "prompt-scored")
+def every_end_is_scored(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, mask, torch.where((ids == eos_id) & (mask == 1), ids, labels)
+
+
 @wrong("08-labels", "changed-input")
 def appends_the_end(rows, eos_id, pad_id):
     for _, answer in rows:
@@ -460,6 +489,29 @@ def rises_again(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+@wrong("08-schedule", "floor")
+def never_quite_still(step, total, warmup):
+    if step >= total:
+        return 0.0
+    return max(with_cases(step, total, warmup), 1e-3)
+
+
+@wrong("08-schedule", "floor")
+def a_tenth_at_least(step, total, warmup):
+    share = with_cases(step, total, warmup)
+    return max(share, 0.1) if warmup <= step < total else share
+
+
+@wrong("08-schedule", "divides-by-zero")
+def no_steps_at_all(step, total, warmup):
+    return with_cases(step, total, warmup) * (total / total)
+
+
+@wrong("08-schedule", "wrong-type")
+def one_value_in_a_list(step, total, warmup):
+    return torch.tensor([with_cases(step, total, warmup)])
+
+
 @wrong("08-schedule", "wrong-type")
 def one_value_for_all(step, total, warmup):
     return [(s + 1) / max(1, warmup) for s in range(total)]
@@ -504,9 +556,31 @@ def without_an_optimizer(model, steps, held_out, rate):
             loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= rate / _count(batches) * parameter.grad
+                if parameter.requires_grad:
+                    parameter -= rate / _count(batches) * parameter.grad
     model.eval()
     held = torch.stack([_sum(model, *batch) for batch in held_out]).sum() / _count(held_out)
+    model.train()
+    return losses.tolist(), held.item()
+
+
+@right("08-loop")
+def without_the_last_token(model, steps, held_out, rate):
+    def sums(batches):
+        for ids, labels in batches:
+            logp = model(ids[:, :-1]).log_softmax(-1)
+            mask = labels[:, 1:] != -100
+            yield -logp.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0][mask].sum()
+
+    trained, losses = [p for p in model.parameters() if p.requires_grad], ()
+    for batches in steps:
+        loss = sum(sums(batches)) / _count(batches)
+        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            parameter.data -= rate * gradient
+        losses += (float(loss),)
+    model.eval()
+    with torch.no_grad():
+        held = float(sum(sums(held_out))) / _count(held_out)
     model.train()
     return losses, held
 
@@ -648,6 +722,123 @@ def steps_inside(model, steps, held_out, rate):
             optimizer.step()
         losses.append(loss.item())
     return losses, 0.0
+
+
+@wrong("08-loop", "dropout-on")
+def a_flag_of_its_own(model, steps, held_out, rate):
+    losses = _loop(model, steps, [], rate, weight=_tokens)[0]
+    model.training = False
+    with torch.no_grad():
+        held = sum(_sum(model, *batch).item() for batch in held_out) / _count(held_out)
+    model.training = True
+    return losses, held
+
+
+@wrong("08-loop", "left-in-eval")
+def the_outermost_alone_is_back(model, steps, held_out, rate):
+    result = _loop(model, steps, held_out, rate, weight=_tokens, back=False)
+    model.training = True
+    return result
+
+
+@wrong("08-loop", "passes")
+def last_micro_batch_first(model, steps, held_out, rate):
+    return _loop(model, [step[::-1] for step in steps], held_out, rate, weight=_tokens)
+
+
+@wrong("08-loop", "passes")
+def once_more_for_the_number(model, steps, held_out, rate):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for batches in steps:
+        with torch.no_grad():
+            losses.append(sum(_sum(model, *batch).item() for batch in batches) / _count(batches))
+        optimizer.zero_grad()
+        (sum(_sum(model, *batch) for batch in batches) / _count(batches)).backward()
+        optimizer.step()
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "passes")
+def all_rows_together(model, steps, held_out, rate):
+    def joined(batches):
+        longest = max(ids.shape[1] for ids, _ in batches)
+        pad = [(0, longest - ids.shape[1]) for ids, _ in batches]
+        ids, labels = (
+            torch.cat([F.pad(t, p, value=fill) for t, p in zip(part, pad, strict=True)])
+            for part, fill in zip(zip(*batches, strict=True), (0, -100), strict=True)
+        )
+        return [(ids, labels)]
+
+    return _loop(model, [joined(step) for step in steps], held_out, rate, weight=_tokens)
+
+
+@wrong("08-loop", "passes")
+def scored_after_each_step(model, steps, held_out, rate):
+    losses = []
+    for step in steps:
+        losses += _loop(model, [step], held_out, rate, weight=_tokens)[0]
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "frozen-moved")
+def everything_trains(model, steps, held_out, rate):
+    model.requires_grad_(True)
+    return _loop(model, steps, held_out, rate, weight=_tokens)
+
+
+@wrong("08-loop", "frozen-moved")
+def every_parameter_has_a_gradient(model, steps, held_out, rate):
+    losses = []
+    for batches in steps:
+        model.zero_grad()
+        loss = sum(_sum(model, *batch) for batch in batches) / _count(batches)
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.data -= rate * parameter.grad
+        losses.append(loss.item())
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "no-steps")
+def speaks_of_the_last_loss(model, steps, held_out, rate):
+    result = _loop(model, steps, held_out, rate, weight=_tokens)
+    for batches in steps:
+        last = len(batches)
+    assert last
+    return result
+
+
+@wrong("08-loop", "no-steps")
+def the_largest_loss(model, steps, held_out, rate):
+    losses, held = _loop(model, steps, held_out, rate, weight=_tokens)
+    assert max(losses) > 0
+    return losses, held
+
+
+@wrong("08-loop", "tensors")
+def losses_as_a_tensor(model, steps, held_out, rate):
+    losses, held = _loop(model, steps, held_out, rate, weight=_tokens)
+    return torch.tensor(losses), held
+
+
+@wrong("08-loop", "tensors")
+def losses_of_tensors(model, steps, held_out, rate):
+    losses, held = _loop(model, steps, held_out, rate, weight=_tokens)
+    return [torch.tensor(loss) for loss in losses], held
+
+
+@wrong("08-loop", "tensors")
+def held_out_loss_as_a_tensor(model, steps, held_out, rate):
+    losses, held = _loop(model, steps, held_out, rate, weight=_tokens)
+    return losses, torch.tensor(held)
+
+
+@wrong("08-loop", "changed-input")
+def uses_the_list_up(model, steps, held_out, rate):
+    losses = []
+    while steps:
+        losses += _loop(model, [steps.pop(0)], [], rate, weight=_tokens)[0]
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
 
 
 # 08-exact
@@ -945,6 +1136,16 @@ def by_roots(right, n, confidence):
     return tuple(sorted(np.roots([1 + z**2 / n, -(2 * p + z**2 / n), p**2]).real))
 
 
+@right("08-interval")
+def by_a_tensor(right, n, confidence):
+    if not n:
+        raise ValueError
+    z = torch.special.ndtri(torch.tensor(0.5 + confidence / 2, dtype=torch.float64))
+    p, signs = right / n, torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    half = z * torch.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (p + z**2 / (2 * n) + signs * half) / (1 + z**2 / n)
+
+
 def _wilson(right, n, z, scaled=True, moved=True):
     if n == 0:
         raise ValueError
@@ -980,6 +1181,32 @@ def z_of_one_side(right, n, confidence):
 @wrong("08-interval", "z-fixed")
 def always_two(right, n, confidence):
     return _wilson(right, n, 1.96)
+
+
+@wrong("08-interval", "z-rounded")
+def four_digits(right, n, confidence):
+    return _wilson(right, n, round(_z(confidence), 4))
+
+
+@wrong("08-interval", "z-rounded")
+def two_digits(right, n, confidence):
+    return _wilson(right, n, round(_z(confidence), 2))
+
+
+@wrong("08-interval", "point")
+def certain_when_all_are_right(right, n, confidence):
+    return (1.0, 1.0) if right == n > 0 else _wilson(right, n, _z(confidence))
+
+
+@wrong("08-interval", "point")
+def certain_when_none_is_right(right, n, confidence):
+    return (0.0, 0.0) if right == 0 < n else _wilson(right, n, _z(confidence))
+
+
+@wrong("08-interval", "z-fixed")
+def from_a_table(right, n, confidence):
+    table = {0.9: 1.644854, 0.95: 1.959964, 0.99: 2.575829}
+    return _wilson(right, n, table.get(confidence, 1.96))
 
 
 @wrong("08-interval", "not-scaled")
