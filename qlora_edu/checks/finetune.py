@@ -240,7 +240,7 @@ class _Bigram(nn.Module):
         super().__init__()
         self.embedding, self.head = nn.Parameter(embedding.clone()), nn.Parameter(head.clone())
         self.embedding.requires_grad_(not frozen)
-        self.dropout, self.seen = _Dropout(factors), []
+        self.dropout, self.seen = nn.Sequential(_Dropout(factors)), []
 
     def forward(self, ids: Tensor) -> Tensor:
         self.seen.append(ids.clone())

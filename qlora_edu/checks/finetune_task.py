@@ -244,6 +244,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "empty", "an answer of white space", f"{before_csv}{d}, \n", {6}),
         ("csv", "empty", "an empty request", f'{head}{a},{b}\n,"{c}\n{d}"\n', {3, 4}),
         ("csv", "empty", "a row of a comma alone", f"{before_csv},\n", {6}),
+        ("csv", "empty", "a row of two commas alone", f"{three},,\n", {3}),
         ("csv", "contradiction", "a request with two answers", f"{before_csv}{d},{b}\n{a},{d}\n", {7}),
         ("jsonl", "missing-key", "no key `request`", before + '{"answer": "y"}\n', {5}),
         ("jsonl", "missing-key", "no key `answer`", before + '{"request": "x"}\n', {5}),
@@ -256,8 +257,8 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "nothing", "an empty text", "", None),
         ("csv", "nothing", "a header alone", head, None),
         ("jsonl", "nothing", "an empty text", "\n", None),
-        (draw.choice(["xlsx", "CSV", "x"]), "unknown-kind", "a kind of file", f"{head}{a},{b}\n", None),
-        (draw.choice(["xlsx", "JSONL", "json"]), "unknown-kind", "a kind of file", objects(*two), None),
+        *((kind, "unknown-kind", "a kind of file", f"{head}{a},{b}\n", None) for kind in ("xlsx", "CSV", "a")),
+        *((kind, "unknown-kind", "a kind of file", objects(*two), None) for kind in ("xlsx", "JSONL", "json")),
     ):  # fmt: skip
         if lines:
             fields = text.strip("\n ").split("\n")[0].count(",") - 1  # columns beside the two

@@ -734,6 +734,17 @@ def a_flag_of_its_own(model, steps, held_out, rate):
     return losses, held
 
 
+@wrong("08-loop", "dropout-on")
+def children_but_not_theirs(model, steps, held_out, rate):
+    losses = _loop(model, steps, [], rate, weight=_tokens)[0]
+    for module in (model, *model.children()):
+        module.training = False
+    with torch.no_grad():
+        held = sum(_sum(model, *batch).item() for batch in held_out) / _count(held_out)
+    model.train()
+    return losses, held
+
+
 @wrong("08-loop", "left-in-eval")
 def the_outermost_alone_is_back(model, steps, held_out, rate):
     result = _loop(model, steps, held_out, rate, weight=_tokens, back=False)
@@ -1501,6 +1512,12 @@ def _lenient(text, kind, **changes):
 @wrong("08-examples", "empty")
 def empty_ones_kept(text, kind):
     return _lenient(text, kind, empty=True)
+
+
+@wrong("08-examples", "empty")
+def commas_alone_are_an_empty_line(text, kind):
+    lines = [line if line.strip(", ") or line.count(",") < 2 else "" for line in text.split("\n")]
+    return with_csv_reader("\n".join(lines) if kind == "csv" else text, kind)
 
 
 @wrong("08-examples", "contradiction")
