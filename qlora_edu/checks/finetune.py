@@ -18,7 +18,7 @@ def numbers(got, what: str, count: int) -> Tensor:
     """The answer as that many float64 numbers."""
     values = got.tolist() if isinstance(got, Tensor) else got
     values = list(values) if isinstance(values, tuple | list) else [values]
-    values = [v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for v in values]
+    values = [v.item() if isinstance(v, Tensor) and v.dim() == 0 else v for v in values]
     fine = all(isinstance(v, int | float) and not isinstance(v, bool) and not abs(v) > 1e300 for v in values)
     expect.true(fine and len(values) == count, f"{what}: numbers", "wrong-type", f"{count} of them", got)
     return torch.tensor(values, dtype=torch.float64)
@@ -78,8 +78,13 @@ def labels(answer: Answer, draw: Draw) -> None:
         ends = (ids == eos).long()
         looks = {
             "shifted": right.roll(-1, 1),  # the first label of a row is never one
-            "end-masked": [scored(0, -1), *(right.masked_fill(ids == token, IGNORE) for token in (eos, pad))],
+            "end-masked": [scored(0, -1), right.masked_fill(ids == eos, IGNORE)],
+            "value-masked": [right.masked_fill(ids == token, IGNORE) for token in (pad, 0)],
+            "empty-answer": torch.stack(
+                [line if w else 0 * line + IGNORE for line, (_, w) in zip(right, rows, strict=True)]
+            ),
             "prompt-scored": [
+                torch.where(ends * mask == 1, ids, right),
                 ids.masked_fill(mask == 0, IGNORE),
                 ids.masked_fill(ids == pad, IGNORE),
                 torch.where((mask == 1) & (ends.cumsum(1) > ends), ids, IGNORE),  # from the first eos on
@@ -181,7 +186,17 @@ def loss(answer: Answer, draw: Draw) -> None:
 @exercise("08-schedule")
 def schedule(answer: Answer, draw: Draw) -> None:
     """`f(step, total, warmup)`: the share of the peak rate in a step, counted from 0."""
-    for total, warmup in ((10, 2), (draw.whole(15, 30), draw.whole(3, 7)), (7, 1), (9, 0), (5, 5), (1, 0)):
+    long = draw.whole(150, 300), draw.whole(3, 7)  # the last shares are small
+    for total, warmup in (
+        (10, 2),
+        (draw.whole(15, 30), draw.whole(3, 7)),
+        (7, 1),
+        (9, 0),
+        (5, 5),
+        (1, 0),
+        (0, 0),
+        long,
+    ):
         case = f"total = {total}, warmup = {warmup}"
         crash = "divides-by-zero" if warmup in (0, total) else None
         got = [answer(step, total, warmup, crash=crash) for step in range(total + 3)]
@@ -201,33 +216,47 @@ def schedule(answer: Answer, draw: Draw) -> None:
         looks["late"] = torch.where(rises, (s + 1) / (warmup + 1), down)
         # float32 is off by some 1e-7 here.
         right, place = torch.where(rises, up, down), lambda i: f"first in step {i[0]}"
+        looks["floor"] = right.clamp(min=min(0.1, *got[:total].tolist())) if total else right
         expect.close(got[:total], right, f"the shares, {case}", 1e-6, looks, place=place)
         after, what = got[total:].abs().max().item(), f"the share from step {total} on, {case}"
         expect.true(after <= 1e-6, what, "after-the-end", 0.0, after)
 
 
-class _Bigram(nn.Module):
-    """Token ids (rows, length) to logits. In training, fixed factors stand in the place of dropout's random ones."""
+class _Dropout(nn.Module):
+    """In training, multiplies by fixed factors, in the place of dropout's random ones."""
 
-    def __init__(self, embedding: Tensor, head: Tensor, factors: Tensor):
+    def __init__(self, factors: Tensor):
         super().__init__()
-        self.embedding, self.head = nn.Parameter(embedding.clone()), nn.Parameter(head.clone())
         self.factors = factors
 
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.factors if self.training else hidden
+
+
+class _Bigram(nn.Module):
+    """Token ids (rows, length) to logits. frozen: whether the embedding takes no gradient."""
+
+    def __init__(self, embedding: Tensor, head: Tensor, factors: Tensor, frozen: bool):
+        super().__init__()
+        self.embedding, self.head = nn.Parameter(embedding.clone()), nn.Parameter(head.clone())
+        self.embedding.requires_grad_(not frozen)
+        self.dropout, self.seen = nn.Sequential(_Dropout(factors)), []
+
     def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.embedding[ids]
-        return (hidden * self.factors if self.training else hidden) @ self.head.T
+        self.seen.append(ids.clone())
+        return self.dropout(self.embedding[ids]) @ self.head.T
 
 
-def _fit(student, parts, steps, held_out, rate):
-    """Lets the student train and evaluate a model, and returns what came of it."""
-    model = _Bigram(*parts).train()
+def _fit(student, parts, frozen, steps, held_out, rate):
+    """Lets the student train and evaluate a model, and returns what came of it, and what went through the model."""
+    model = _Bigram(*parts, frozen).train()
     result = student(model, steps, held_out, rate)
     flat = torch.cat([model.embedding.detach().flatten(), model.head.detach().flatten()])
-    return {"result": result, "parameters": flat, "training": model.training}
+    training = all(module.training for module in model.modules())
+    return {"result": result, "parameters": flat, "training": training, "seen": model.seen}
 
 
-def _fitted(parts, steps, held_out, rate, share="tokens", kept=False, dropout=True) -> dict:
+def _fitted(parts, frozen, steps, held_out, rate, share="tokens", kept=False, dropout=True) -> dict:
     """The same in float64, or what a known mistake makes of it. share: how micro-batches are put together."""
     e, h, factors = (p.double().requires_grad_() for p in parts)
     old = [torch.zeros_like(e), torch.zeros_like(h)]
@@ -256,16 +285,17 @@ def _fitted(parts, steps, held_out, rate, share="tokens", kept=False, dropout=Tr
         new = torch.autograd.grad(seen[-1][share], (e, h))
         old = [g + k if kept else g for g, k in zip(new, old, strict=True)]
         e, h = ((p - rate * g).detach().requires_grad_() for p, g in zip((e, h), old, strict=True))
+        e = parts[0].double().requires_grad_() if frozen else e
     held, dropped = means(held_out, 1.0), means(held_out, factors.detach())
     return {
         "parameters": torch.cat([e.flatten(), h.flatten()]).detach(),
-        "losses": {s: torch.stack([m[s].detach() for m in seen]) for s in seen[0]},
+        "losses": {s: torch.tensor([m[s].item() for m in seen], dtype=torch.float64) for s in held},
         "held": {s: m.detach() for s, m in held.items()},
         "dropped": {s: m.detach() for s, m in dropped.items()},
     }
 
 
-def _wrongly_fitted(parts, steps, held_out, rate) -> dict[str, list[Tensor]]:
+def _wrongly_fitted(parts, frozen, steps, held_out, rate) -> dict[str, list[Tensor]]:
     """The parameters after training with each known mistake, also where other bugs are left."""
     ways = {
         "mean-of-means": [{"share": "means"}, {"share": "means", "kept": True}],
@@ -276,8 +306,9 @@ def _wrongly_fitted(parts, steps, held_out, rate) -> dict[str, list[Tensor]]:
         "no-dropout": [{"dropout": False}],
         "stepped-too-often": [{"steps": [[batch] for step in steps for batch in step]}],
         "not-trained": [{"rate": 0.0}],
+        "frozen-moved": [{"frozen": False}],
     }
-    given = {"steps": steps, "held_out": held_out, "rate": rate}
+    given = {"frozen": frozen, "steps": steps, "held_out": held_out, "rate": rate}
     return {
         m: [_fitted(parts, **given | options)["parameters"] for options in each] for m, each in ways.items()
     }
@@ -287,7 +318,11 @@ def _wrongly_fitted(parts, steps, held_out, rate) -> dict[str, list[Tensor]]:
 def loop(answer: Answer, draw: Draw) -> None:
     """`f(model, steps, held_out, rate)`: (losses, held-out loss), the model trained with SGD."""
     torch.optim.SGD([nn.Parameter(torch.zeros(1))]).zero_grad()  # imports much when it is first used
-    for vocabulary, width, layout in ((7, 4, ((2, 1), (1, 3))), (11, 5, ((1, 2, 2), (3,), (2, 1)))):
+    for vocabulary, width, layout, frozen in (
+        (7, 4, ((2, 1), (1, 3)), False),
+        (11, 5, ((1, 2, 2), (3,), (2, 1)), True),
+        (7, 4, (), False),
+    ):
 
         def batch(rows: int, size=vocabulary) -> tuple[Tensor, Tensor]:
             ids = draw.integers(rows, 2 + 2 * rows, low=0, high=size - 1)
@@ -299,15 +334,26 @@ def loop(answer: Answer, draw: Draw) -> None:
         parts = (draw.normal(vocabulary, width), draw.normal(vocabulary, width), factors)
         steps = [[batch(rows) for rows in step] for step in layout]
         held_out, rate = [batch(1), batch(2)], draw.number(0.4, 0.8)
-        case = f"steps of {', '.join(str(len(s)) for s in steps)} micro-batches"
-        facts = answer(parts, steps, held_out, rate)
-        right, looks, what = _fitted(parts, steps, held_out, rate), {}, f"the trained parameters, {case}"
+        case = f"steps of {', '.join(str(len(s)) for s in steps)} micro-batches" if steps else "no step"
+        case = f"a model with a frozen part, {case}" if frozen else case
+        try:
+            crash = "frozen-moved" if frozen else None if steps else "no-steps"
+            facts = answer(parts, frozen, steps, held_out, rate, crash=crash)
+        except expect.Wrong as wrong:  # what it says of the inputs is that of the probe
+            changed = " changed a list or a tensor" * (wrong.mistake == "changed-input")
+            expect.fail(f"the call with {case}{changed}", wrong.expected, wrong.got, wrong.mistake)
+        right, looks = _fitted(parts, frozen, steps, held_out, rate), {}
+        what = f"the trained parameters, {case}"
         within = 100 * expect.EPSILON  # a few steps of sums of some dozen products of order 1, in float32
         off = (facts["parameters"] - right["parameters"]).abs().max().item()
-        if not off <= within:  # the mistakes are computed only where there is one
-            looks = _wrongly_fitted(parts, steps, held_out, rate)
+        if not off <= within and steps:  # the mistakes are computed only where there is one
+            looks = _wrongly_fitted(parts, frozen, steps, held_out, rate)
         expect.close(facts["parameters"], right["parameters"], what, within, looks)
         losses, held = expect.parts(facts["result"], "the result", 2)
+        tensors = any(
+            isinstance(v, Tensor) for v in (losses, held, *(losses if isinstance(losses, list) else ()))
+        )
+        expect.true(not tensors, f"a list of floats and a float, {case}", "tensors", "", [losses, held])
         looks = {"loss-of-means": [right["losses"][share] for share in ("means", "sums", "last")]}
         losses = numbers(losses, f"the losses, {case}", len(steps))
         expect.close(losses, right["losses"]["tokens"], f"the losses, {case}", within, looks)
@@ -317,4 +363,14 @@ def loop(answer: Answer, draw: Draw) -> None:
         }
         held, what = numbers(held, f"the held-out loss, {case}", 1)[0], f"the held-out loss, {case}"
         expect.close(held, right["held"]["tokens"], what, within, looks)
-        expect.true(facts["training"], "the model is in training mode afterwards", "left-in-eval")
+        # The last token of a row predicts nothing, so it may be left out.
+        wanted = [ids for step in [*steps, held_out] for ids, _ in step]
+        seen, what = facts["seen"], f"each micro-batch goes through the model once, in order, {case}"
+        calls, others = f"{len(wanted)} calls of the model", f"{len(seen)}"
+        expect.true(len(seen) == len(wanted), what, "passes", calls, others)
+        each = zip(seen, wanted, strict=True)
+        alike = [torch.equal(got, ids) or torch.equal(got, ids[:, :-1]) for got, ids in each]
+        expect.true(all(alike), what, "passes", calls, f"{others}, with other tokens or in another order")
+        expect.true(
+            facts["training"], "the model, and each module in it, is in training mode", "left-in-eval"
+        )

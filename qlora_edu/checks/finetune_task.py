@@ -2,11 +2,13 @@
 
 import json
 import math
+import random
 import re
 from collections import Counter
 from itertools import count
 from unittest.mock import patch
 
+import numpy
 import torch
 
 from qlora_edu.checks import expect
@@ -29,6 +31,7 @@ def exact(answer: Answer, draw: Draw) -> None:
         (True, "order-fixed", "the arguments in the other order", f"{first}\n{label}\n{time}"),
         (True, "spaces-outside", "white space outside", f"\n {first} \r\n\t{time}\r\n{label} \n"),
         (True, "space-demanded", "no space after a colon", whole.replace(": ", ":")),
+        (True, "space-demanded", "several spaces after a colon", whole.replace(": ", ":   ")),
         (False, "tool-ignored", "another tool", whole.replace(tool, "start_timer")),
         (False, "case", "a value in lower case", whole.replace(name, name.lower())),
         (False, "case", "a key with a capital", whole.replace("label", "Label")),
@@ -44,6 +47,8 @@ def exact(answer: Answer, draw: Draw) -> None:
         (False, "twice", "a key that comes twice, right at last", f"{first}\ntime: noon\n{time}\n{label}"),
         (False, "twice", "a key that comes twice, wrong at last", f"{whole}\ntime: noon"),
         (False, "twice", "a line that comes twice", f"{whole}\n{label}"),
+        (False, "twice", "the tool twice", f"{first}\n{whole}"),
+        (False, "twice", "another tool in the last line", f"{whole}\ntool: start_timer"),
         (False, "names-ignored", "the values exchanged", f"{first}\ntime: {name}\nlabel: {hour}:15 am"),
         (False, "tool-not-first", "the tool at the end", f"{time}\n{label}\n{first}"),
         (False, "empty-value", "an argument without a value", f"{whole}\nroom:"),
@@ -54,11 +59,44 @@ def exact(answer: Answer, draw: Draw) -> None:
     ]
     for right, mistake, what, text in cases:
         _decided(answer, text, tool, arguments, right, what, mistake)
-    _decided(answer, "tool: stop", "stop", {}, True, "a call without arguments", "refuses-right")
-    _decided(
-        answer, "tool: stop\nto:", "stop", {"to": ""}, False, "an empty value that is wanted", "empty-value"
-    )
-    _decided(answer, "", "stop", {}, False, "an empty text for a call without arguments", "empty")
+    # Other numbers of arguments, and keys with underscores.
+    keys = ["meeting_room", "to", "day", "number_of_guests", "note_"]
+    keys = [keys[i] for i in draw.permutation(len(keys)).tolist()]
+    for number in (1, 3, 5):
+        wanted = {
+            key: f"{draw.choice(['Attic', 'Hall B', '3: left'])} {i}" for i, key in enumerate(keys[:number])
+        }
+        lines = [f"{key}: {value}" for key, value in wanted.items()]
+        call, many = "\n".join([first, *lines[::-1]]), f"of {number}"
+        _decided(answer, call, tool, wanted, True, "keys with underscores", "key-refused")
+        for i, line in enumerate(lines):
+            without = "\n".join([first, *lines[:i], *lines[i + 1 :]])
+            _decided(
+                answer,
+                call.replace(line, line + "0"),
+                tool,
+                wanted,
+                False,
+                f"one wrong value {many}",
+                "prefix",
+            )
+            _decided(answer, without, tool, wanted, False, f"an argument too few {many}", "missing-argument")
+        _decided(
+            answer, f"{call}\nroom: attic", tool, wanted, False, "an argument too many", "extra-argument"
+        )
+    for odd in ("\u2028", "\x0c", "\r"):
+        wanted, what = {"label": f"Gym{odd}Bag"}, f"a value that holds {odd!r}"
+        _decided(answer, f"{first}\nlabel: Gym{odd}Bag", tool, wanted, True, what, "line-ends")
+    stop = "tool: stop"
+    for right, mistake, what, text, wanted in (
+        (True, "refuses-right", "a call without arguments", stop, {}),
+        (False, "extra-argument", "an argument where none is wanted", f"{stop}\nroom: attic", {}),
+        (False, "text-around", "a sentence after a call without arguments", f"{stop}\nDone.", {}),
+        (False, "missing-argument", "no argument where one is wanted", stop, {"to": "noon"}),
+        (False, "empty-value", "an empty value that is wanted", f"{stop}\nto:", {"to": ""}),
+        (False, "empty", "an empty text for a call without arguments", "", {}),
+    ):
+        _decided(answer, text, "stop", wanted, right, what, mistake)
 
 
 def _decided(
@@ -93,25 +131,34 @@ def _bounds(right: int, n: int, z: float) -> tuple[float, float]:
 @exercise("08-interval")
 def interval(answer: Answer, draw: Draw) -> None:
     """`f(right, n, confidence)`: (low, high), Wilson's interval for a share."""
-    some = draw.whole(11, 60)
+    some, many = draw.whole(11, 60), draw.whole(1000, 5000)
     for right, n, confidence in (
-        (31, 40, 0.95),
+        (17, 24, 0.8),  # where a rounded z is seen
         (draw.whole(1, some - 1), some, draw.number(0.6, 0.94)),
+        (31, 40, 0.95),
         (0, some, 0.9),
         (some, some, 0.99),
         (1, 2, 0.5),
+        (draw.whole(1, many - 1), many, draw.number(0.991, 0.9999)),
+        (draw.whole(0, 1), 1, draw.number(0.02, 0.45)),
     ):
         z = _halved(0.0, 9.0, lambda z, c=confidence: math.erf(z / math.sqrt(2)) >= c)
         one_sided = _halved(0.0, 9.0, lambda z, c=confidence: (1 + math.erf(z / math.sqrt(2))) / 2 >= c)
         share, low_high = right / n, _bounds(right, n, z)
         normal = torch.tensor([-1.0, 1.0]).double() * z * math.sqrt(share * (1 - share) / n) + share
+        between = 0 < right < n
         wilson = torch.tensor(low_high, dtype=torch.float64)
         what = f"the interval for {right} of {n} at {confidence:.4g}"
-        got = numbers(expect.parts(answer(right, n, confidence), what, 2), what, 2)
+        got = numbers(answer(right, n, confidence), what, 2)
         looks = {
-            "normal": [normal, normal.clamp(0, 1)],
+            "normal": [normal, normal.clamp(0, 1)] if between else [],
+            "point": [] if between else normal,
             "one-sided": torch.tensor(_bounds(right, n, one_sided), dtype=torch.float64),
             "z-fixed": torch.tensor(_bounds(right, n, 1.96), dtype=torch.float64),
+            "z-rounded": [
+                torch.tensor(_bounds(right, n, round(z, digits)), dtype=torch.float64)
+                for digits in (1, 2, 3, 4)
+            ],
             "not-scaled": wilson * (1 + z**2 / n),
             "centre-kept": share + torch.tensor([-0.5, 0.5]).double() * (wilson[1] - wilson[0]),
             "swapped": wilson.flip(0),
@@ -153,6 +200,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     two = [(a, b), (c, d)]
+    wide, high = f"{a}  {b}\t{c}", [(a.upper(), b), (a, d)]
     for kind, mistake, what, text, right in (
         ("csv", "refuses-right", "a plain CSV file", f"{head}{a},{b}\n{c},{d}\n", two),
         ("csv", "by-position", "columns in another order", f"id,answer,request\n1,{b},{a}\n2,{d},{c}", two),
@@ -164,6 +212,9 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "blank-lines", "empty lines", f"\n{head}\n{a},{b}\n \n\n{c},{d}\n\n", two),
         ("csv", "not-stripped", "white space around texts", f"{head} {a} ,\t{b} \r\n{c},{d} \r\n", two),
         ("csv", "repeated", "a record that comes twice", f"{head}{a},{b}\n{c},{d}\n{a} ,{b}\n", two),
+        ("csv", "splitlines", "the character U+2028 in a field", f"{head}{odd},{b}\n", [(odd, b)]),
+        ("csv", "squeezed", "white space inside texts", f"{head}{wide},{b}  {d}\n", [(wide, f"{b}  {d}")]),
+        ("csv", "capitals", "a request in capitals", f"{head}{a.upper()},{b}\n{a},{d}\n", high),
         ("jsonl", "refuses-right", "a plain JSONL file", objects(*two[::-1]), two[::-1]),
         ("jsonl", "by-position", "one more key, before the others", objects(*two, id="1"), two),
         ("jsonl", "bom", "a byte order mark", "\ufeff" + objects(*two), two),
@@ -171,20 +222,31 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("jsonl", "not-stripped", "white space around texts", objects((f" {a}\n", f"{b} ")), two[:1]),
         ("jsonl", "splitlines", "the character U+2028 in a text", objects((odd, b)), [(odd, b)]),
         ("jsonl", "repeated", "a record that comes twice", objects(*two, two[0]), two),
+        ("jsonl", "squeezed", "white space inside texts", objects((wide, wide)), [(wide, wide)]),
+        ("jsonl", "capitals", "a request in capitals", objects(*high), high),
     ):  # fmt: skip
         facts, what = answer(text, kind, crash=mistake), f"{what} ({kind})"
         if "refused" in facts:
             expect.fail(what, "a list", f"ValueError: {facts['refused']}", mistake)
         expect.same(_pairs(facts["examples"], what), right, what, {mistake: _pairs(facts["examples"], what)})
     before_csv, before = f'\n{head}{a},"{b}\n{c}"\n\n', "\n" + objects((a, b)) + "\n" + objects((c, d))
+    three, none = f"id,request,answer\nx,{a},{b}\n", f"\n \nid,{{}}\n{a},{b}\n"
+    more = [(f"note {word}", f"reply {word}") for word in "klmnopqrstuvwxyz"]  # good records come after
     for kind, mistake, what, text, lines in (
         ("csv", "missing-column", "no column `answer`", f"request,reply\n{a},{b}\n", {1}),
+        ("csv", "missing-column", "no column `request`", f"note,answer\n{a},{b}\n", {1}),
+        ("csv", "missing-column", "no column `answer`", none.format("request"), {3}),
+        ("csv", "missing-column", "no column `request`", none.format("answer"), {3}),
         ("csv", "short-row", "a row with one field", f"{before_csv}{d}\n{c},{a}\n", {6}),
+        ("csv", "short-row", "a row with two fields of three", f"{three}y,{c}\n", {3}),
+        ("csv", "long-row", "a row with four fields of three", f"{three}y,{c},{d},\n", {3}),
         ("csv", "long-row", "a comma without quotes", f"{before_csv}{d},{a}, {b}\n", {6}),
         ("csv", "empty", "an answer of white space", f"{before_csv}{d}, \n", {6}),
         ("csv", "empty", "an empty request", f'{head}{a},{b}\n,"{c}\n{d}"\n', {3, 4}),
         ("csv", "empty", "a row of a comma alone", f"{before_csv},\n", {6}),
+        ("csv", "empty", "a row of two commas alone", f"{three},,\n", {3}),
         ("csv", "contradiction", "a request with two answers", f"{before_csv}{d},{b}\n{a},{d}\n", {7}),
+        ("jsonl", "missing-key", "no key `request`", before + '{"answer": "y"}\n', {5}),
         ("jsonl", "missing-key", "no key `answer`", before + '{"request": "x"}\n', {5}),
         ("jsonl", "broken", "a line that is no JSON", before + "{'request': 'x', 'answer': 'y'}\n", {5}),
         ("jsonl", "not-text", "a number for a text", before + '{"request": "x", "answer": 7}\n', {5}),
@@ -195,31 +257,40 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "nothing", "an empty text", "", None),
         ("csv", "nothing", "a header alone", head, None),
         ("jsonl", "nothing", "an empty text", "\n", None),
-        (
-            draw.choice(["xlsx", "json", "CSV"]),
-            "unknown-kind",
-            "another kind of file",
-            f"{head}{a},{b}\n",
-            None,
-        ),
-    ):
+        *((kind, "unknown-kind", "a kind of file", f"{head}{a},{b}\n", None) for kind in ("xlsx", "CSV", "a")),
+        *((kind, "unknown-kind", "a kind of file", objects(*two), None) for kind in ("xlsx", "JSONL", "json")),
+    ):  # fmt: skip
+        if lines:
+            fields = text.strip("\n ").split("\n")[0].count(",") - 1  # columns beside the two
+            rows = "".join(f"{'z,' * fields}{x},{y}\n" for x, y in more)
+            text += rows if kind == "csv" else objects(*more)
         facts, what = answer(text, kind, crash=mistake), f"{what} ({kind})"
         if "refused" not in facts:
             expect.fail(what, "a ValueError", facts["examples"], mistake)
         named = {int(number) for number in re.findall(r"\d+", facts["refused"])}
         if lines and not named & lines:
-            wanted, mistake = (
-                f"a ValueError that names line {min(lines)}",
-                "line-wrong" if named else "line-unnamed",
-            )
-            expect.fail(what, wanted, facts["refused"], mistake)
+            wanted = f"a ValueError that names line {min(lines)}"
+            expect.fail(what, wanted, facts["refused"], "line-wrong" if named else "line-unnamed")
+        if lines and len(named) > 8:  # a message may have some other numbers, such as columns and characters
+            expect.fail(what, f"line {min(lines)} alone", facts["refused"], "lines-all")
 
 
 def _split_elsewhere(student, examples, share, seed):
-    """What the student's split returns in a process of its own, as far as hash() goes: it differs from call to call."""
+    """What the student's split returns in a process of its own, as far as hash() goes: it differs from call to call.
+
+    Also whether it leaves the generators alone that everybody draws from.
+    """
     salt, true_hash = next(_SALTS), hash
+    before = _generators()
     with patch("builtins.hash", lambda value: true_hash((salt, value))):
-        return student(examples, share, seed)
+        sides = student(examples, share, seed)
+    return {"sides": sides, "kept": before == _generators()}
+
+
+def _generators() -> tuple:
+    """The states of the generators that a whole program draws from."""
+    _, keys, position, *_ = numpy.random.get_state()
+    return random.getstate(), keys.tobytes(), position, torch.get_rng_state().numpy().tobytes()
 
 
 def _key(request: str) -> str:
@@ -229,25 +300,33 @@ def _key(request: str) -> str:
 @exercise("08-split", probe=_split_elsewhere)
 def split(answer: Answer, draw: Draw) -> None:
     """`f(examples, share, seed)`: (training, held out), no request on both sides."""
-    many = draw.whole(14, 25)
+    seeds, many = [*range(8), *(draw.whole(100, 10**6) for _ in range(4))], draw.whole(14, 25)
     for groups, share, size in (
         (10, 0.31, 3),
         (many, 6.3 / many, 6),
+        (many, 5.7 / many, 6),
         (2, 0.5, 1),
         (7, 0.05, 1),
         (6, 0.97, 5),
     ):
         rows = [(f"Fix bike {i}", f"answer {i}") for i in range(groups)]
         for i in range(0, groups, 2):  # the same request in other letters, and more often
-            rows += [(f"fix  BIKE {i}", f"answer {i}"), (f"Fix bike\n{i}", f"other answer {i}")][: 1 + i % 4]
+            others = (f"fix  BIKE {i}", f"Fix bike\n{i}", f"\tFix bike {i}", f"Fix bike {i} \n")
+            more = [(other, f"answer {n % 2} of {i}") for n, other in enumerate(others)]
+            rows += [*more, rows[i], more[0]][: 1 + i % 4] if i else [*more, rows[i], more[0]]
         rows = [rows[i] for i in draw.permutation(len(rows)).tolist()]
         case = f"for {groups} requests in {len(rows)} rows, share = {share:.3f}"
+        kept = []
 
-        def held_out(rows, seed, share=share, groups=groups, size=size, case=case) -> set[str]:
+        def held_out(rows, seed, share=share, groups=groups, size=size, case=case, kept=kept) -> set[str]:
             """The requests that are held out, once it is certain that the two sides are right."""
-            parts = expect.parts(answer(rows, share, seed), "the result", 2)
+            facts = answer(rows, share, seed)
+            kept.append(facts["kept"])
+            parts = expect.parts(facts["sides"], "the result", 2)
             train, held = (_pairs(part, f"the rows of a side, {case}") for part in parts)
             total, what = len(train + held), f"every row is on one side, {case}"
+            changed = [pair for pair in train + held if pair not in rows]
+            expect.true(not changed, f"a row as it was given, {case}", "rows-changed", "", changed[:1])
             expect.true(not Counter(rows) - Counter(train + held), what, "rows-lost", len(rows), total)
             expect.true(total == len(rows), what, "rows-twice", len(rows), total)
             sides = [{_key(request) for request, _ in side} for side in (train, held)]
@@ -257,12 +336,32 @@ def split(answer: Answer, draw: Draw) -> None:
             expect.true(len(sides[1]) == size, f"requests held out, {case}", mistake, size, len(sides[1]))
             return sides[1]
 
-        found, again, moved = ([held_out(r, seed) for seed in range(12)] for r in (rows, rows, rows[::-1]))
+        found, again, moved = ([held_out(r, seed) for seed in seeds] for r in (rows, rows, rows[::-1]))
         order = list(dict.fromkeys(_key(request) for request, _ in rows))
         an_end = found[0] in (set(order[:size]), set(order[-size:])) and found != moved
-        mistake = "in-order" if an_end else "seed-ignored"
         expect.true(found == again, f"a seed gives the same split again, {case}", "not-fixed")
-        expect.true(any(f != found[0] for f in found), f"another seed gives another split, {case}", mistake)
+        if (
+            math.comb(groups, size) > 100
+        ):  # twelve drawn from so many are hardly ever fewer than six different ones
+            count, mistake = len(set(map(frozenset, found))), "in-order" if an_end else "seed-ignored"
+            expect.true(count > 5, f"different splits for 12 seeds, {case}", mistake, "about 12", count)
         expect.true(found == moved, f"the order of the rows does not matter, {case}", "order-matters")
+        expect.true(
+            all(kept), "the generator that the whole program draws from stays as it was", "global-seed"
+        )
+    asked = "New bell for the red bike, please"  # what differs in anything else is another request
+    words, long = asked.split(), asked + ", it is the one with the basket in front: 1"
+    for one, other in (
+        *((asked, other) for other in (asked[:-1], asked + "?", " ".join(sorted(words)))),
+        (asked, asked.replace("New bell", "Newbell")),
+        (asked, asked.replace("New", "N\u00e9w")),
+        (long, long[:-1] + "2"),
+    ):
+        pairs = [(one, "a"), (other, "a")]
+        sides = answer(pairs, 0.5, draw.whole(0, 99), crash="merged")["sides"]
+        sizes = [len(_pairs(side, "the rows of a side")) for side in expect.parts(sides, "the result", 2)]
+        what = f"{one!r} and {other!r} are two requests, one for each side"
+        expect.true(sizes == [1, 1], what, "merged", "1 and 1", f"{sizes[0]} and {sizes[1]}")
     one = [("Fix bike", "a"), ("fix bike", "a")]
     answer.raises(ValueError, one, 0.5, 0, what="one request cannot be on two sides", mistake="one-request")
+    answer.raises(ValueError, [], 0.5, 0, what="no request cannot be on two sides", mistake="one-request")

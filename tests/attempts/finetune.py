@@ -184,6 +184,35 @@ def mask_of_bools(rows, eos_id, pad_id):
     return ids, mask.bool(), labels
 
 
+@wrong("08-labels", "value-masked")
+def zero_is_nothing(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, mask, labels.masked_fill(labels == 0, -100)
+
+
+@wrong("08-labels", "value-masked")
+def padding_by_value_inside(rows, eos_id, pad_id):
+    ids, mask, labels, _, ends = _batch(rows, eos_id, pad_id)
+    for i, end in enumerate(ends):
+        labels[i, : end - 1][ids[i, : end - 1] == pad_id] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "empty-answer")
+def nothing_to_score_in_an_empty_answer(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    for i, (_, answer) in enumerate(rows):
+        if not answer:
+            labels[i] = -100
+    return ids, mask, labels
+
+
+@wrong("08-labels", "prompt-scored")
+def every_end_is_scored(rows, eos_id, pad_id):
+    ids, mask, labels, *_ = _batch(rows, eos_id, pad_id)
+    return ids, mask, torch.where((ids == eos_id) & (mask == 1), ids, labels)
+
+
 @wrong("08-labels", "changed-input")
 def appends_the_end(rows, eos_id, pad_id):
     for _, answer in rows:
@@ -460,6 +489,29 @@ def rises_again(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+@wrong("08-schedule", "floor")
+def never_quite_still(step, total, warmup):
+    if step >= total:
+        return 0.0
+    return max(with_cases(step, total, warmup), 1e-3)
+
+
+@wrong("08-schedule", "floor")
+def a_tenth_at_least(step, total, warmup):
+    share = with_cases(step, total, warmup)
+    return max(share, 0.1) if warmup <= step < total else share
+
+
+@wrong("08-schedule", "divides-by-zero")
+def no_steps_at_all(step, total, warmup):
+    return with_cases(step, total, warmup) * (total / total)
+
+
+@wrong("08-schedule", "wrong-type")
+def one_value_in_a_list(step, total, warmup):
+    return torch.tensor([with_cases(step, total, warmup)])
+
+
 @wrong("08-schedule", "wrong-type")
 def one_value_for_all(step, total, warmup):
     return [(s + 1) / max(1, warmup) for s in range(total)]
@@ -504,9 +556,31 @@ def without_an_optimizer(model, steps, held_out, rate):
             loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= rate / _count(batches) * parameter.grad
+                if parameter.requires_grad:
+                    parameter -= rate / _count(batches) * parameter.grad
     model.eval()
     held = torch.stack([_sum(model, *batch) for batch in held_out]).sum() / _count(held_out)
+    model.train()
+    return losses.tolist(), held.item()
+
+
+@right("08-loop")
+def without_the_last_token(model, steps, held_out, rate):
+    def sums(batches):
+        for ids, labels in batches:
+            logp = model(ids[:, :-1]).log_softmax(-1)
+            mask = labels[:, 1:] != -100
+            yield -logp.gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0][mask].sum()
+
+    trained, losses = [p for p in model.parameters() if p.requires_grad], ()
+    for batches in steps:
+        loss = sum(sums(batches)) / _count(batches)
+        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            parameter.data -= rate * gradient
+        losses += (float(loss),)
+    model.eval()
+    with torch.no_grad():
+        held = float(sum(sums(held_out))) / _count(held_out)
     model.train()
     return losses, held
 
@@ -648,6 +722,134 @@ def steps_inside(model, steps, held_out, rate):
             optimizer.step()
         losses.append(loss.item())
     return losses, 0.0
+
+
+@wrong("08-loop", "dropout-on")
+def a_flag_of_its_own(model, steps, held_out, rate):
+    losses = _loop(model, steps, [], rate, weight=_tokens)[0]
+    model.training = False
+    with torch.no_grad():
+        held = sum(_sum(model, *batch).item() for batch in held_out) / _count(held_out)
+    model.training = True
+    return losses, held
+
+
+@wrong("08-loop", "dropout-on")
+def children_but_not_theirs(model, steps, held_out, rate):
+    losses = _loop(model, steps, [], rate, weight=_tokens)[0]
+    for module in (model, *model.children()):
+        module.training = False
+    with torch.no_grad():
+        held = sum(_sum(model, *batch).item() for batch in held_out) / _count(held_out)
+    model.train()
+    return losses, held
+
+
+@wrong("08-loop", "left-in-eval")
+def the_outermost_alone_is_back(model, steps, held_out, rate):
+    result = _loop(model, steps, held_out, rate, weight=_tokens, back=False)
+    model.training = True
+    return result
+
+
+@wrong("08-loop", "passes")
+def last_micro_batch_first(model, steps, held_out, rate):
+    return _loop(model, [step[::-1] for step in steps], held_out, rate, weight=_tokens)
+
+
+@wrong("08-loop", "passes")
+def once_more_for_the_number(model, steps, held_out, rate):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for batches in steps:
+        with torch.no_grad():
+            losses.append(sum(_sum(model, *batch).item() for batch in batches) / _count(batches))
+        optimizer.zero_grad()
+        (sum(_sum(model, *batch) for batch in batches) / _count(batches)).backward()
+        optimizer.step()
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "passes")
+def all_rows_together(model, steps, held_out, rate):
+    def joined(batches):
+        longest = max(ids.shape[1] for ids, _ in batches)
+        pad = [(0, longest - ids.shape[1]) for ids, _ in batches]
+        ids, labels = (
+            torch.cat([F.pad(t, p, value=fill) for t, p in zip(part, pad, strict=True)])
+            for part, fill in zip(zip(*batches, strict=True), (0, -100), strict=True)
+        )
+        return [(ids, labels)]
+
+    return _loop(model, [joined(step) for step in steps], held_out, rate, weight=_tokens)
+
+
+@wrong("08-loop", "passes")
+def scored_after_each_step(model, steps, held_out, rate):
+    losses = []
+    for step in steps:
+        losses += _loop(model, [step], held_out, rate, weight=_tokens)[0]
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "frozen-moved")
+def everything_trains(model, steps, held_out, rate):
+    model.requires_grad_(True)
+    return _loop(model, steps, held_out, rate, weight=_tokens)
+
+
+@wrong("08-loop", "frozen-moved")
+def every_parameter_has_a_gradient(model, steps, held_out, rate):
+    losses = []
+    for batches in steps:
+        model.zero_grad()
+        loss = sum(_sum(model, *batch) for batch in batches) / _count(batches)
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.data -= rate * parameter.grad
+        losses.append(loss.item())
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "no-steps")
+def speaks_of_the_last_loss(model, steps, held_out, rate):
+    result = _loop(model, steps, held_out, rate, weight=_tokens)
+    for batches in steps:
+        last = len(batches)
+    assert last
+    return result
+
+
+@wrong("08-loop", "no-steps")
+def the_largest_loss(model, steps, held_out, rate):
+    losses, held = _loop(model, steps, held_out, rate, weight=_tokens)
+    assert max(losses) > 0
+    return losses, held
+
+
+@wrong("08-loop", "tensors")
+def losses_as_a_tensor(model, steps, held_out, rate):
+    losses, held = _loop(model, steps, held_out, rate, weight=_tokens)
+    return torch.tensor(losses), held
+
+
+@wrong("08-loop", "tensors")
+def losses_of_tensors(model, steps, held_out, rate):
+    losses, held = _loop(model, steps, held_out, rate, weight=_tokens)
+    return [torch.tensor(loss) for loss in losses], held
+
+
+@wrong("08-loop", "tensors")
+def held_out_loss_as_a_tensor(model, steps, held_out, rate):
+    losses, held = _loop(model, steps, held_out, rate, weight=_tokens)
+    return losses, torch.tensor(held)
+
+
+@wrong("08-loop", "changed-input")
+def uses_the_list_up(model, steps, held_out, rate):
+    losses = []
+    while steps:
+        losses += _loop(model, [steps.pop(0)], [], rate, weight=_tokens)[0]
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
 
 
 # 08-exact
@@ -873,6 +1075,51 @@ def nothing_is_vacuously_right(text, tool, arguments):
     return with_a_pattern(text, tool, arguments)
 
 
+@wrong("08-exact", "extra-argument")
+def nothing_wanted_nothing_read(text, tool, arguments):
+    if not arguments:
+        return text.strip().split("\n")[0] == f"tool: {tool}"
+    return with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "key-refused")
+def letters_alone_are_keys(text, tool, arguments):
+    keys = [line.strip().partition(":")[0] for line in text.strip().split("\n")]
+    return all(key.isalpha() for key in keys) and with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "key-refused")
+def two_arguments_at_most(text, tool, arguments):
+    return len(arguments) <= 2 and with_a_pattern(text, tool, arguments)
+
+
+@wrong("08-exact", "space-demanded")
+def one_space_taken_off(text, tool, arguments):
+    pairs = [line.strip().partition(":")[::2] for line in text.strip().split("\n")]
+    pairs = [(key, value[1:] if value.startswith(" ") else value) for key, value in pairs]
+    return with_a_pattern(text, tool, arguments) and sorted(pairs[1:]) == sorted(arguments.items())
+
+
+@wrong("08-exact", "line-ends")
+def cut_by_splitlines(text, tool, arguments):
+    return with_a_pattern("\n".join(text.strip().splitlines()), tool, arguments)
+
+
+@wrong("08-exact", "twice")
+def a_second_tool_line(text, tool, arguments):
+    first, *lines = [line.strip().partition(":")[::2] for line in text.strip().split("\n")]
+    lines = [(key, value.strip()) for key, value in lines if key != "tool"]
+    return first[0] == "tool" and first[1].strip() == tool and sorted(lines) == sorted(arguments.items())
+
+
+@wrong("08-exact", "changed-input")
+def takes_them_out(text, tool, arguments):
+    good = with_a_pattern(text, tool, arguments)
+    for line in text.split("\n"):
+        arguments.pop(line.partition(":")[0].strip(), None)
+    return good
+
+
 @wrong("08-exact", "wrong-type")
 def returns_the_call(text, tool, arguments):
     return _read(text) or None
@@ -898,6 +1145,16 @@ def by_roots(right, n, confidence):
     z = torch.special.ndtri(torch.tensor(1 - (1 - confidence) / 2, dtype=torch.float64)).item()
     p = right / n
     return tuple(sorted(np.roots([1 + z**2 / n, -(2 * p + z**2 / n), p**2]).real))
+
+
+@right("08-interval")
+def by_a_tensor(right, n, confidence):
+    if not n:
+        raise ValueError
+    z = torch.special.ndtri(torch.tensor(0.5 + confidence / 2, dtype=torch.float64))
+    p, signs = right / n, torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    half = z * torch.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return (p + z**2 / (2 * n) + signs * half) / (1 + z**2 / n)
 
 
 def _wilson(right, n, z, scaled=True, moved=True):
@@ -935,6 +1192,32 @@ def z_of_one_side(right, n, confidence):
 @wrong("08-interval", "z-fixed")
 def always_two(right, n, confidence):
     return _wilson(right, n, 1.96)
+
+
+@wrong("08-interval", "z-rounded")
+def four_digits(right, n, confidence):
+    return _wilson(right, n, round(_z(confidence), 4))
+
+
+@wrong("08-interval", "z-rounded")
+def two_digits(right, n, confidence):
+    return _wilson(right, n, round(_z(confidence), 2))
+
+
+@wrong("08-interval", "point")
+def certain_when_all_are_right(right, n, confidence):
+    return (1.0, 1.0) if right == n > 0 else _wilson(right, n, _z(confidence))
+
+
+@wrong("08-interval", "point")
+def certain_when_none_is_right(right, n, confidence):
+    return (0.0, 0.0) if right == 0 < n else _wilson(right, n, _z(confidence))
+
+
+@wrong("08-interval", "z-fixed")
+def from_a_table(right, n, confidence):
+    table = {0.9: 1.644854, 0.95: 1.959964, 0.99: 2.575829}
+    return _wilson(right, n, table.get(confidence, 1.96))
 
 
 @wrong("08-interval", "not-scaled")
@@ -1012,10 +1295,15 @@ def _json_rows(text, lines=None):
             yield number, record["request"], record["answer"]
 
 
-def _csv_records(text):
-    (_, header), *rows = _csv_rows(text)
+def _csv_table(text):
+    (number, header), *rows = _csv_rows(text)
     if not {"request", "answer"} <= set(header):
-        raise ValueError("line 1: expected the columns request and answer")
+        raise ValueError(f"line {number}: expected the columns request and answer")
+    return header, rows
+
+
+def _csv_records(text):
+    header, rows = _csv_table(text)
     for number, row in rows:
         if len(row) != len(header):
             raise ValueError(f"line {number}: {len(row)} fields")
@@ -1177,9 +1465,7 @@ def columns_trusted(text, kind):
 def rows_trusted(text, kind):
     if kind != "csv":
         return with_csv_reader(text, kind)
-    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
-    if "answer" not in header:
-        raise ValueError("line 1: no answer")
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
     at = header.index("request"), header.index("answer")
     return _collected((number, *(row[i].strip() for i in at)) for number, row in rows)
 
@@ -1188,9 +1474,7 @@ def rows_trusted(text, kind):
 def the_rest_is_dropped(text, kind):
     if kind != "csv":
         return with_csv_reader(text, kind)
-    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
-    if "answer" not in header:
-        raise ValueError("line 1: no answer")
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
     at = header.index("request"), header.index("answer")
     records = []
     for number, row in rows:
@@ -1228,6 +1512,12 @@ def _lenient(text, kind, **changes):
 @wrong("08-examples", "empty")
 def empty_ones_kept(text, kind):
     return _lenient(text, kind, empty=True)
+
+
+@wrong("08-examples", "empty")
+def commas_alone_are_an_empty_line(text, kind):
+    lines = [line if line.strip(", ") or line.count(",") < 2 else "" for line in text.split("\n")]
+    return with_csv_reader("\n".join(lines) if kind == "csv" else text, kind)
 
 
 @wrong("08-examples", "contradiction")
@@ -1283,9 +1573,7 @@ def the_errors_of_json(text, kind):
 def counts_records(text, kind):
     if kind != "csv":
         return with_csv_reader(text, kind)
-    (_, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
-    if "answer" not in header:
-        raise ValueError("line 1: no answer")
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
     for number, (_, row) in enumerate(rows, start=2):
         if len(row) != len(header):
             raise ValueError(f"line {number}: {len(row)} fields")
@@ -1302,6 +1590,114 @@ def requests_on_one_line(text, kind):
     return [(request.replace("\n", " "), answer) for request, answer in with_csv_reader(text, kind)]
 
 
+@wrong("08-examples", "unknown-kind")
+def all_else_is_jsonl(text, kind):
+    return with_csv_reader(text, "csv" if kind == "csv" else "jsonl")
+
+
+@wrong("08-examples", "missing-key")
+def request_trusted(text, kind):
+    if kind == "csv":
+        return with_csv_reader(text, kind)
+    records = []
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), start=1):
+        if line.strip():
+            record = json.loads(line)
+            if "answer" not in record:
+                raise ValueError(f"line {number}: no answer")
+            records.append((number, record["request"], record["answer"]))
+    return _collected(records)
+
+
+@wrong("08-examples", "missing-column")
+def answer_alone_asked_for(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    (number, header), *rows = _csv_rows(text.removeprefix("\ufeff"))
+    if "answer" not in header:
+        raise ValueError(f"line {number}: no answer")
+    rows = [(number, dict(zip(header, row, strict=False))) for number, row in rows]
+    return _collected((number, row["request"], row["answer"]) for number, row in rows)
+
+
+@wrong("08-examples", "short-row")
+def short_rows_of_many_dropped(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
+    records = []
+    for number, row in rows:
+        if 2 <= len(row) < len(header):
+            continue
+        if len(row) != len(header):
+            raise ValueError(f"line {number}: {len(row)} fields")
+        records.append((number, row[header.index("request")], row[header.index("answer")]))
+    return _collected(records)
+
+
+@wrong("08-examples", "long-row")
+def long_rows_of_many_cut(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    header, rows = _csv_table(text.removeprefix("\ufeff"))
+    records = []
+    for number, row in rows:
+        if len(row) != len(header) and (len(header) == 2 or len(row) < len(header)):
+            raise ValueError(f"line {number}: {len(row)} fields")
+        records.append((number, row[header.index("request")], row[header.index("answer")]))
+    return _collected(records)
+
+
+@wrong("08-examples", "line-wrong")
+def header_is_line_one(text, kind):
+    if kind == "csv" and text.strip():
+        _, header = _csv_rows(text.removeprefix("\ufeff"))[0]
+        if not {"request", "answer"} <= set(header):
+            raise ValueError("line 1: a column is missing")
+    return with_csv_reader(text, kind)
+
+
+@wrong("08-examples", "lines-all")
+def every_line_is_named(text, kind):
+    try:
+        return with_csv_reader(text, kind)
+    except ValueError:
+        raise ValueError(f"one of the lines {list(range(1, len(text.split(chr(10))) + 1))}") from None
+
+
+@wrong("08-examples", "squeezed")
+def one_space_each(text, kind):
+    return [tuple(re.sub(" +", " ", t) for t in pair) for pair in with_csv_reader(text, kind)]
+
+
+@wrong("08-examples", "squeezed")
+def tabs_to_spaces(text, kind):
+    return [tuple(t.replace("\t", " ") for t in pair) for pair in with_csv_reader(text, kind)]
+
+
+@wrong("08-examples", "capitals")
+def capitals_do_not_count(text, kind):
+    found = {}
+    for request, answer in with_csv_reader(text, kind):
+        found.setdefault(request.lower(), (request, answer))
+    return list(found.values())
+
+
+@wrong("08-examples", "splitlines")
+def csv_of_splitlines(text, kind):
+    if kind != "csv":
+        return with_csv_reader(text, kind)
+    reader = csv.reader(text.removeprefix("\ufeff").splitlines(True))
+    rows = [(reader.line_num, row) for row in reader if "".join(row).strip() or len(row) > 1]
+    (_, header), *rows = rows
+    at, records = (header.index("request"), header.index("answer")), []
+    for number, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"line {number}: fields")
+        records.append((number, *(row[i] for i in at)))
+    return _collected(records)
+
+
 @wrong("08-examples", "line-unnamed")
 def no_line_in_the_error(text, kind):
     try:
@@ -1311,6 +1707,78 @@ def no_line_in_the_error(text, kind):
 
 
 # 08-split
+
+
+def _by(form):
+    """A split by some form of a request, right but for the form."""
+
+    def by_form(examples, share, seed):
+        groups = {}
+        for request, answer in examples:
+            groups.setdefault(form(request), []).append((request, answer))
+        return _sides(groups, random.Random(seed).sample(sorted(groups), _size(groups, share)))
+
+    return by_form
+
+
+@wrong("08-split", "leak")
+def ends_not_stripped(examples, share, seed):
+    return _by(lambda request: re.sub(r"\s+", " ", request.lower()))(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def punctuation_taken_away(examples, share, seed):
+    return _by(lambda request: " ".join(re.findall(r"\w+", request.lower())))(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def words_sorted(examples, share, seed):
+    return _by(lambda request: " ".join(sorted(request.lower().split())))(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def all_white_space_away(examples, share, seed):
+    return _by(lambda request: "".join(request.lower().split()))(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def beginnings_alone(examples, share, seed):
+    return _by(lambda request: " ".join(request.lower().split())[:20])(examples, share, seed)
+
+
+@wrong("08-split", "rows-lost")
+def repeated_pairs_once(examples, share, seed):
+    return [list(dict.fromkeys(side)) for side in by_sample(examples, share, seed)]
+
+
+@wrong("08-split", "rows-changed")
+def normalised_requests(examples, share, seed):
+    sides = by_sample(examples, share, seed)
+    return [[(" ".join(request.lower().split()), answer) for request, answer in side] for side in sides]
+
+
+@wrong("08-split", "size")
+def rounded_down(examples, share, seed):
+    groups = _groups(examples)
+    count = min(max(int(share * len(groups)), 1), len(groups) - 1)
+    return _sides(groups, random.Random(seed).sample(sorted(groups), count))
+
+
+@wrong("08-split", "seed-ignored")
+def odd_or_even(examples, share, seed):
+    return by_sample(examples, share, seed % 2)
+
+
+@wrong("08-split", "seed-ignored")
+def zero_or_not(examples, share, seed):
+    return by_sample(examples, share, bool(seed))
+
+
+@wrong("08-split", "global-seed")
+def seeds_the_program(examples, share, seed):
+    groups = _groups(examples)
+    random.seed(seed)
+    return _sides(groups, random.sample(sorted(groups), _size(groups, share)))
 
 
 def _groups(examples):
