@@ -92,6 +92,11 @@ def test_the_untouched_stub_is_not_attempted(exercise):
     assert not verdict.passed and verdict.mistake == "not-attempted"
 
 
+def test_what_torch_has_not_implemented_is_no_untouched_stub():
+    verdict = EXERCISES["02-forward"].verdict(lambda *_: torch.ones(2, dtype=torch.uint16) >> 1)
+    assert verdict.mistake == "crashed" and "rshift" in verdict.got
+
+
 # What any broken answer becomes: a message.
 
 

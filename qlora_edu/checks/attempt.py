@@ -76,9 +76,6 @@ def attempt(
             value = target(*copies)
         outcome.shared = bool(_memory(value) & _memory(copies))
         outcome.value = plain(value)
-    except NotImplementedError:
-        outcome.problem = "not-attempted"
-        outcome.error = [cls.__name__ for cls in NotImplementedError.__mro__]
     except TimeUp:
         outcome.problem, outcome.message = "endless", f"no result after {seconds:g} seconds"
     except Flood:
@@ -90,7 +87,11 @@ def attempt(
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        outcome.problem, outcome.message = "crashed", _described(error)
+        stub = isinstance(error, NotImplementedError) and not str(
+            error
+        )  # torch's own says what is not implemented
+        outcome.problem = "not-attempted" if stub else "crashed"
+        outcome.message = "" if stub else _described(error)
         outcome.error = [cls.__name__ for cls in type(error).__mro__]
     outcome.changed = [
         i for i, (a, b) in enumerate(zip(arguments, copies, strict=True)) if not unchanged(a, b)
@@ -128,7 +129,7 @@ def plain(value):
     if isinstance(value, Tensor):
         dense = not value.is_meta and value.layout == torch.strided and not value.is_quantized
         if not dense:
-            return _Other(f"{value.layout} tensor on {value.device}")
+            return Other(f"{value.layout} tensor on {value.device}")
         return Tensor.detach(value).as_subclass(Tensor).cpu()
     if value is None or isinstance(value, bool):
         return value
@@ -145,10 +146,10 @@ def plain(value):
         return value.item()
     if isinstance(value, torch.dtype):
         return str(value)
-    return _Other(f"{type(value).__name__} object")
+    return Other(f"{type(value).__name__} object")
 
 
-class _Other(str):
+class Other(str):
     """What is no plain value, by the name of its type."""
 
 

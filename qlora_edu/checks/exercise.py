@@ -37,7 +37,7 @@ HINTS = {
     "flood": "Take the print out of the loop, or print one line.",
     "not-yours": "This calls the answer of the course or of a library. Write it yourself; that is the exercise.",
     "not-callable": "Give the check the function itself, not what it returns: `check(f)`, not `check(f(x))`.",
-    "changed-input": "It writes into its input. Make a new tensor: `x = x * 2`, not `x *= 2`, or `x.clone()` first.",
+    "changed-input": "It writes into its input. Make a new one: `x = x * 2`, `x.clone()`, `list(x)`, `dict(x)`.",
     "not-new": "What comes back lies in the memory of an input: whoever changes one changes both. Make a new tensor.",
     "wrong-type": "Look at what the statement says of the result. Without a `return`, None comes back.",
     "wrong-shape": "Print the shapes on the way, and compare them with those in the statement.",
@@ -135,7 +135,7 @@ class Answer:
                 f"the call with {described(arguments)}", error.__name__, outcome.message, outcome.problem
             )
         if error.__name__ not in outcome.error:
-            got = outcome.message or f"the result {show(outcome.value)}"
+            got = outcome.message or "no error"
             raise Wrong(f"{what}: the call with {described(arguments)}", f"a {error.__name__}", got, mistake)
 
     def _seen(self, arguments: tuple) -> Outcome:

@@ -11,6 +11,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from qlora_edu.checks.attempt import Other
+
 EPSILON = torch.finfo(torch.float32).eps
 
 
@@ -56,7 +58,7 @@ def tensor(
         fail(
             f"{what}: expected a tensor",
             "a tensor",
-            f"{type(got).__name__}: {show(got)}",
+            with_kind(got),
             mistake or "wrong-type",
         )
     if shape is not None and tuple(got.shape) != tuple(shape):
@@ -142,7 +144,7 @@ def number(
     if isinstance(got, int) and abs(got) >= 2**1023:
         got = math.inf if got > 0 else -math.inf
     if isinstance(got, bool) or not isinstance(got, int | float):
-        fail(f"{what}: expected a number", right, f"{type(got).__name__}: {show(got)}", "wrong-type")
+        fail(f"{what}: expected a number", right, with_kind(got), "wrong-type")
     if not abs(got - right) <= within:  # NaN is never close
         fits = [
             name
@@ -178,6 +180,13 @@ def dot_error(*factors: Tensor) -> Tensor:
         terms += factor.shape[-2]
         size = size @ factor.double().abs()
     return 2 * terms * EPSILON * size + 1e-30
+
+
+def with_kind(value) -> str:
+    """A value with its kind, for where another kind was expected."""
+    return (
+        show(value) if value is None or isinstance(value, Other) else f"{type(value).__name__}: {show(value)}"
+    )
 
 
 def show(value) -> str:
