@@ -14,7 +14,6 @@ from torch import Tensor
 from qlora_edu import codebooks
 from qlora_edu.double_quantization import QuantizedScales, quantize_scales, to_blocks
 from qlora_edu.kernels import choice
-from qlora_edu.kernels.encode import encode_into
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +57,7 @@ def quantize(
     whole = flat.numel() // block_size * block_size
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     inverse = 1.0 / absmax.clamp(min=_SMALLEST_SCALE)
+    encode_into = choice.encoder(flat.device).encode_into
     encode_into(packed[: whole // 2], flat[:whole], inverse, codebook, block_size)
     if whole < flat.numel():  # a short last block is divided, not multiplied by the inverse
         absmax[-1].clamp_(min=_SMALLEST_SCALE)
@@ -202,7 +202,7 @@ class QuantizedTensor:
             )
         flat, scales = out.view(-1), self.scales()
         whole = self.numel // self.block_size * self.block_size
-        decode_into = choice.decoder(flat.device)
+        decode_into = choice.decoder(flat.device).decode_into
         decode_into(flat[:whole], self.packed[: whole // 2], scales, self.codebook, self.block_size)
         if whole < self.numel:
             rest = self.packed[whole // 2 :]

@@ -60,6 +60,17 @@ def test_every_block_size_decodes_as_defined(block_size, dtype):
     assert differing(out.cpu(), defined(q, dtype)) == (q.numel, 0)
 
 
+def test_a_kernel_is_not_started_on_what_is_too_short():
+    packed, scales = torch.zeros(32, dtype=torch.uint8, device=DEVICE), torch.ones(2, device=DEVICE)
+    for out in (torch.empty(65, device=DEVICE), torch.empty(64, 2, device=DEVICE)[:, 0]):
+        with pytest.raises(
+            ValueError, match="out: expected a contiguous tensor of at most 64 weights in 2 blocks"
+        ):
+            triton_decode.decode_into(out, packed, scales, "nf4", 32)
+    with pytest.raises(ValueError, match="64 weights in 1 blocks"):
+        triton_decode.decode_into(torch.empty(64, device=DEVICE), packed, scales[:1], "nf4", 32)
+
+
 def test_nothing_is_decoded_to_nothing():
     nothing = torch.empty(0, device=DEVICE)
     packed = torch.empty(0, dtype=torch.uint8, device=DEVICE)
@@ -164,47 +175,11 @@ def test_the_package_decodes_with_them_when_asked_and_autograd_notices(monkeypat
     monkeypatch.setenv(choice.VARIABLE, "triton")
     for count in (1, 31, 64, 1_001):
         q = quantized((count, 3), double_quant=True, dtype=torch.bfloat16)
-        assert choice.decoder(q.packed.device) is triton_decode.decode_into
+        assert choice.decoder(q.packed.device) is triton_decode
         out = torch.empty(q.shape, device=DEVICE)
         version = out._version
         assert differing(q.dequantize(out=out).cpu(), defined(q, torch.float32)) == (q.numel, 0)
         assert count < 64 or out._version > version
-
-
-@pytest.mark.parametrize(
-    ("asked", "device", "found"),
-    [
-        ("auto", "cpu", "torch"),
-        ("torch", "cuda", "torch"),
-        ("auto", "cuda", "triton"),
-        ("triton", "cuda", "triton"),
-        ("triton", "meta", "torch"),
-    ],
-)
-def test_the_choice_of_a_kernel(monkeypatch, asked, device, found):
-    monkeypatch.setenv(choice.VARIABLE, asked)
-    name, reason = choice.chosen(torch.device(device))
-    assert name == found and reason.endswith(".")
-
-
-def test_a_kernel_that_cannot_run_is_named(monkeypatch):
-    monkeypatch.setenv(choice.VARIABLE, "cuda")
-    with pytest.raises(
-        ValueError, match=r"QLORA_EDU_KERNELS: expected one of auto, torch, triton; got 'cuda'"
-    ):
-        choice.chosen(torch.device("cpu"))
-    monkeypatch.setenv(choice.VARIABLE, "triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="Triton is asked for on cpu, where only its interpreter runs"):
-        choice.chosen(torch.device("cpu"))
-    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    choice._chosen.cache_clear()
-    with pytest.raises(RuntimeError, match="is not installed"):
-        choice.chosen(torch.device("cuda"))
-    monkeypatch.setenv(choice.VARIABLE, "auto")
-    with pytest.warns(UserWarning, match="decoded by plain torch: the same bits"):
-        assert choice.chosen(torch.device("cuda"))[0] == "torch"
-    choice._chosen.cache_clear()
 
 
 def test_they_compile_for_gpus_that_are_not_here():

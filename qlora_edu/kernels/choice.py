@@ -3,54 +3,54 @@
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import torch
 
 VARIABLE = "QLORA_EDU_KERNELS"
-CHOICES = ("auto", "torch", "triton")
+CHOICES = ("auto", "torch", "numba", "triton")
 
 
 def chosen(device: torch.device) -> tuple[str, str]:
-    """The kernels for a device, "torch" or "triton", and the reason as a sentence.
+    """The kernels for a device, "torch", "numba" or "triton", and the reason as a sentence.
 
     The environment variable QLORA_EDU_KERNELS forces one of them; "auto" is the default.
 
     Raises:
         ValueError: if the variable holds something else.
-        RuntimeError: if it asks for Triton where it cannot run.
+        RuntimeError: if it asks for kernels that cannot run there.
     """
     asked = os.environ.get(VARIABLE, "auto")
     if asked not in CHOICES:
         raise ValueError(f"{VARIABLE}: expected one of {', '.join(CHOICES)}; got {asked!r}")
-    return _chosen(asked, device.type, _interpreted())
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _chosen(asked, device.type, os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @cache
 def _chosen(asked: str, device: str, interpreted: bool) -> tuple[str, str]:
     if device not in ("cuda", "cpu"):
-        return "torch", f"Triton has no path for {device!r} devices here."
-    missing = importlib.util.find_spec("triton") is None
+        return "torch", f"Plain torch is all there is for {device!r} devices."
     if asked == "torch":
         return "torch", f"{VARIABLE} asks for plain torch."
-    if asked == "triton":
-        if missing:
+    if asked in ("numba", "triton"):
+        if importlib.util.find_spec(asked) is None:
             raise RuntimeError(
-                f"{VARIABLE}: Triton is asked for, and is not installed. Try: pip install triton"
+                f"{VARIABLE}: {asked} is asked for, and is not installed. Try: pip install {asked}"
             )
-        if device != "cuda" and not interpreted:
+        if asked == "triton" and device == "cpu" and not interpreted:
             raise RuntimeError(
-                f"{VARIABLE}: Triton is asked for on {device}, where only its interpreter runs: TRITON_INTERPRET=1"
+                f"{VARIABLE}: on a CPU only Triton's interpreter runs: set TRITON_INTERPRET=1 as well"
             )
-        return "triton", f"{VARIABLE} asks for Triton."
-    if device != "cuda":
-        return "torch", "Plain torch decodes at memory speed on a CPU."
-    if missing:
+        if asked == "numba" and device == "cuda":
+            raise RuntimeError(f"{VARIABLE}: Numba's kernels are for a CPU; ask for triton, or for nothing")
+        return asked, f"{VARIABLE} asks for {asked}."
+    if device == "cpu":
+        return (
+            "torch",
+            "Plain torch decodes fast enough on a CPU that a training step gains little from Numba.",
+        )
+    if importlib.util.find_spec("triton") is None:
         warnings.warn(
             "Triton is not installed, so 4-bit weights are decoded by plain torch: the same bits, many times slower.",
             stacklevel=4,
@@ -59,10 +59,22 @@ def _chosen(asked: str, device: str, interpreted: bool) -> tuple[str, str]:
     return "triton", "Triton is installed."
 
 
-def decoder(device: torch.device) -> Callable:
-    """The `decode_into` for tensors on this device."""
-    if chosen(device)[0] == "triton":
-        from qlora_edu.kernels.triton_decode import decode_into
+def decoder(device: torch.device) -> ModuleType:
+    """The module whose `decode_into` is for tensors on this device."""
+    name = chosen(device)[0]
+    if name == "triton":
+        from qlora_edu.kernels import triton_decode as module
+    elif name == "numba":
+        from qlora_edu.kernels import numba_codes as module
     else:
-        from qlora_edu.kernels.decode import decode_into
-    return decode_into
+        from qlora_edu.kernels import decode as module
+    return module
+
+
+def encoder(device: torch.device) -> ModuleType:
+    """The module whose `encode_into` is for tensors on this device."""
+    if chosen(device)[0] == "numba":
+        from qlora_edu.kernels import numba_codes as module
+    else:
+        from qlora_edu.kernels import encode as module
+    return module

@@ -25,7 +25,7 @@ def cell(x: Tensor) -> Tensor:
 
 
 @cache
-def _tables(codebook: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def tables(codebook: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Of each cell: its threshold, float32 (CELLS,), and the codes up to it and above it, uint8 (2 * CELLS,)."""
     _, thresholds, order = codebooks.table(codebook, device)
     of_threshold = cell(thresholds)
@@ -49,7 +49,7 @@ def encode_into(packed: Tensor, weight: Tensor, inverse: Tensor, codebook: str, 
     Returns:
         packed. A code belongs to the level nearest to the float32 product weight * inverse; a tie to the lower one.
     """
-    threshold, codes = _tables(codebook, packed.device)
+    threshold, codes = tables(codebook, packed.device)
     piece = max(WEIGHTS_PER_PIECE_ON_GPU if weight.is_cuda else WEIGHTS_PER_PIECE, block_size)
     for start in range(0, weight.numel(), piece):
         stop = min(start + piece, weight.numel())

@@ -59,8 +59,16 @@ def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, bloc
 
     Returns:
         out. A weight is the float32 product level * scale, rounded once to `out.dtype`.
+
+    Raises:
+        ValueError: if there are too few bytes or scales, or `out` is not contiguous: the kernel looks at no bounds.
     """
     count = out.numel()
+    if 2 * packed.numel() < count or scales.numel() * block_size < count or not out.is_contiguous():
+        raise ValueError(
+            f"out: expected a contiguous tensor of at most {2 * packed.numel():,} weights in {scales.numel():,} blocks "
+            f"of {block_size}; got {count:,}, contiguous: {out.is_contiguous()}"
+        )
     if count:
         levels, _, _ = codebooks.table(codebook, packed.device)
         programs = (triton.cdiv(count, 2 * PIECE),)

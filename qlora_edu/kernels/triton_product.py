@@ -7,8 +7,8 @@ where it is needed, multiplies, and forgets it. Where there are too few tiles to
 share one: each takes every parts-th step and stores its part of the sum. The sums are float32. The definition is
 `F.linear(x, W)`, or `g @ W`, with W decoded to the dtype of x: the same products, added in another order.
 
-They save memory, not time: on an H100, decoding W once and multiplying by torch was faster in 23 of 24 cases, so nothing
-in this package calls them by itself (`benchmarks/records/h100.md`).
+They save memory, not time: on an H100, decoding W once and multiplying by torch was faster in 23 of 24 cases. So
+nothing in this package calls them by itself (`benchmarks/records/h100.md`).
 
 Triton's interpreter cannot multiply bfloat16, so there the tiles are converted to float32 (FACTORS), which changes
 no product: it holds that of two 16-bit numbers exactly.

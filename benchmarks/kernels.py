@@ -1,0 +1,116 @@
+"""Quantizing and decoding on a CPU, against bitsandbytes: throughput at three shapes.
+
+    python benchmarks/kernels.py [--rounds 9] [--threads 1] [--json]
+
+bfloat16 weights, NF4, blocks of 64. Both sides take turns in one process; a ratio is taken within each round,
+and the median of the rounds is printed with the quartiles. "Reused" is the course's way, into a buffer that
+exists; bitsandbytes' CPU operators have none and always make theirs. QLORA_EDU_KERNELS=numba measures the
+compiled kernels.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+import torch
+
+from qlora_edu import blockwise, models, reference
+from qlora_edu.kernels import choice
+from qlora_edu.parity import differing, stored_weights
+
+SHAPES = [(576, 1536), (4096, 4096), (6656, 17920)]
+PROMISED = {"quantize": 5.0, "decode to float32": 1.5, "decode to bfloat16, reused": 1.0}
+SECONDS = 0.25  # of each measurement, at least one call
+
+
+def throughput(function, count: int) -> float:
+    """Million weights a second."""
+    calls, begin = 0, time.perf_counter()
+    while calls == 0 or time.perf_counter() - begin < SECONDS:
+        function()
+        calls += 1
+    return calls * count / (time.perf_counter() - begin) / 1e6
+
+
+def lines(shape: tuple[int, int]):
+    """(what, the course's function, bitsandbytes' function), and a check that both give the same bits."""
+    functional = reference.bitsandbytes().functional
+    weight = stored_weights(shape[0] * shape[1]).view(shape).bfloat16()
+    ours = blockwise.quantize(weight)
+    packed, state = reference.quantize(weight)
+    assert differing(ours.packed, packed.flatten())[1] == 0
+    single = functional.QuantState(
+        state.absmax, state.shape, state.code, state.blocksize, state.quant_type, torch.float32
+    )
+    out = torch.empty(shape, dtype=torch.bfloat16)
+    full = torch.empty(shape)
+    assert differing(ours.dequantize(torch.float32), functional.dequantize_4bit(packed, single))[1] == 0
+    yield "quantize", lambda: blockwise.quantize(weight), lambda: reference.quantize(weight)
+    yield (
+        "decode to float32",
+        lambda: ours.dequantize(torch.float32),
+        lambda: functional.dequantize_4bit(packed, single),
+    )
+    yield (
+        "decode to float32, reused",
+        lambda: ours.dequantize(out=full),
+        lambda: functional.dequantize_4bit(packed, single),
+    )
+    yield (
+        "decode to bfloat16",
+        lambda: ours.dequantize(torch.bfloat16),
+        lambda: functional.dequantize_4bit(packed, state),
+    )
+    yield (
+        "decode to bfloat16, reused",
+        lambda: ours.dequantize(out=out),
+        lambda: functional.dequantize_4bit(packed, state),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="print one JSON line at the end")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    import bitsandbytes
+
+    kernels = choice.chosen(torch.device("cpu"))[0]
+    features = ", ".join(sorted(models.cpu_features()))
+    print(
+        f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}, Python {sys.version.split()[0]}, "
+        f"{options.threads} threads, kernels: {kernels}; {features}"
+    )
+    record, good = [], True
+    for shape in SHAPES:
+        count = shape[0] * shape[1]
+        print(f"{shape[0]:,} × {shape[1]:,}, million weights a second, medians of {options.rounds} rounds")
+        for what, ours, theirs in lines(shape):
+            rates = [(throughput(ours, count), throughput(theirs, count)) for _ in range(options.rounds + 1)]
+            rates = rates[1:]
+            low, ratio, high = statistics.quantiles([a / b for a, b in rates], n=4)
+            here, there = (statistics.median(side) for side in zip(*rates, strict=True))
+            promise = PROMISED.get(what)
+            fine = promise is None or ratio >= promise
+            good &= fine
+            said = "" if promise is None else f"   promised {promise:g}   {'ok' if fine else 'MISSED'}"
+            shown = (
+                f"{here:8,.0f} here {there:8,.0f} bitsandbytes   ratio {ratio:.2f} ({low:.2f} to {high:.2f})"
+            )
+            print(f"  {what:<28} {shown}{said}", flush=True)
+            record.append({"shape": shape, "what": what, "rates": rates})
+    if options.json:
+        print(json.dumps({"threads": options.threads, "lines": record}))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

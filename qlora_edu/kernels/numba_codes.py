@@ -1,0 +1,152 @@
+"""4-bit encoding and decoding compiled by Numba; the definitions are `blockwise.encode` and `blockwise.decode`.
+
+The loops below are what one would write in C, and Numba makes machine code of them. They take blocks from `start` to
+`stop`, so that several threads can share a tensor: a compiled loop lets the others run (`nogil`). The first call of
+each kind takes a second to compile; the result is kept on disk (`cache`).
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlora_edu import codebooks
+from qlora_edu.kernels import decode
+from qlora_edu.kernels.encode import CELLS, tables
+
+BLOCKS_OF_A_THREAD = 4096  # fewer are done before another thread has begun
+
+
+def compiled(function):
+    """Machine code of a Python function, made at its first call."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # there is no folder to keep it in
+        return numba.njit(nogil=True)(function)
+
+
+@compiled
+def _decode_float32(start, stop, out, packed, scales, levels, half):
+    for block in range(start, stop):
+        scale = scales[block]
+        for i in range(block * half, (block + 1) * half):
+            byte = packed[i]
+            out[2 * i] = levels[byte >> 4] * scale
+            out[2 * i + 1] = levels[byte & 15] * scale
+
+
+@compiled
+def _decode_bfloat16(start, stop, out, packed, scales, levels, half):
+    """out: uint16. A block has sixteen different weights: they are rounded once, and then only looked up."""
+    weights = np.empty(16, np.float32)
+    bits = weights.view(np.uint32)
+    rounded = np.empty(16, np.uint16)
+    for block in range(start, stop):
+        for code in range(16):
+            weights[code] = levels[code] * scales[block]
+        for code in range(16):  # to the nearest, ties to even
+            odd = (bits[code] >> np.uint32(16)) & np.uint32(1)
+            rounded[code] = (bits[code] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        for i in range(block * half, (block + 1) * half):
+            byte = packed[i]
+            out[2 * i] = rounded[byte >> 4]
+            out[2 * i + 1] = rounded[byte & 15]
+
+
+@compiled
+def _encode(start, stop, packed, weight, is_bfloat16, inverse, threshold, codes, half):
+    """weight: float32, or the bits of bfloat16 as uint16. See `kernels.encode` for the cells."""
+    x = np.empty(2 * half, np.float32)
+    bits = x.view(np.uint32)
+    code = np.empty(2 * half, np.uint8)
+    for block in range(start, stop):
+        first = 2 * half * block
+        for i in range(2 * half):
+            if is_bfloat16:
+                bits[i] = np.uint32(weight[first + i]) << np.uint32(16)
+            else:
+                x[i] = weight[first + i]
+        for i in range(2 * half):
+            scaled = min(max(x[i] * inverse[block], np.float32(-1)), np.float32(1))
+            cell = np.int32((scaled + np.float32(1)) * np.float32((CELLS - 1) / 2))
+            code[i] = codes[2 * cell + (scaled > threshold[cell])]
+        for i in range(half):
+            packed[block * half + i] = (code[2 * i] << 4) | code[2 * i + 1]
+
+
+def check_sizes(packed: Tensor, weights: Tensor, scales: Tensor, block_size: int) -> None:
+    """Raise a ValueError unless all is there that the loops touch: machine code looks at no bounds.
+
+    weights: float (n,), contiguous, of whole blocks; packed: uint8 (n / 2,); scales: at least (n / block_size,).
+    """
+    n = weights.numel()
+    if n % block_size or packed.numel() != n // 2 or scales.numel() < n // block_size:
+        raise ValueError(
+            f"weights: expected whole blocks of {block_size}, half as many bytes and a scale for each; got {n:,} "
+            f"weights, {packed.numel():,} bytes, {scales.numel():,} scales"
+        )
+    for name, tensor in (("weights", weights), ("packed", packed), ("scales", scales)):
+        if not tensor.is_contiguous() or tensor.device.type != "cpu":
+            raise ValueError(f"{name}: expected a contiguous tensor on the CPU; got one on {tensor.device}")
+
+
+def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, block_size: int) -> Tensor:
+    """As `kernels.decode.decode_into`, in every bit."""
+    check_sizes(packed, out, scales, block_size)
+    if out.dtype == torch.float16:  # which NumPy has to imitate
+        return decode.decode_into(out, packed, scales, codebook, block_size)
+    is_bfloat16 = out.dtype == torch.bfloat16
+    kernel = _decode_bfloat16 if is_bfloat16 else _decode_float32
+    array = out.view(torch.uint16) if is_bfloat16 else out
+    levels, _, _ = codebooks.table(codebook)
+    _share(out.numel() // block_size, kernel, array, packed, scales, levels, block_size // 2)
+    torch.autograd.graph.increment_version(out)  # so that autograd notices what it did not see written
+    return out
+
+
+def encode_into(packed: Tensor, weight: Tensor, inverse: Tensor, codebook: str, block_size: int) -> Tensor:
+    """As `kernels.encode.encode_into`, in every bit."""
+    weight = weight.detach().contiguous()
+    check_sizes(packed, weight, inverse, block_size)
+    is_bfloat16 = weight.dtype == torch.bfloat16
+    weight = weight.view(torch.uint16) if is_bfloat16 else weight.float()
+    threshold, codes = tables(codebook, packed.device)
+    _share(
+        len(packed) * 2 // block_size,
+        _encode,
+        packed,
+        weight,
+        is_bfloat16,
+        inverse,
+        threshold,
+        codes,
+        block_size // 2,
+    )
+    return packed
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="kernels")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a fork has none of its parent's threads
+
+
+def _share(blocks: int, kernel, *arguments) -> None:
+    """Run a kernel on all blocks, in as many threads as torch has."""
+    arrays = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
+    parts = max(1, min(torch.get_num_threads(), blocks // BLOCKS_OF_A_THREAD))
+    bounds = [blocks * part // parts for part in range(parts + 1)]
+    others = [
+        _threads(parts - 1).submit(kernel, start, stop, *arrays) for start, stop in pairwise(bounds[1:])
+    ]
+    kernel(0, bounds[1], *arrays)
+    for other in others:
+        other.result()

@@ -1,0 +1,206 @@
+"""Which kernels are chosen, and Numba's against the lines of torch that define them."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from qlora_edu import blockwise, codebooks
+from qlora_edu.kernels import choice, encode, numba_codes
+from qlora_edu.parity import BLOCK_SIZES, DTYPES, ODD_SIZES, differing, stored_weights
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "found"),
+    [
+        ("auto", "cpu", "torch"),
+        ("numba", "cpu", "numba"),
+        ("torch", "cuda", "torch"),
+        ("triton", "meta", "torch"),
+        ("numba", "meta", "torch"),
+    ],
+)
+def test_the_choice_of_a_kernel(monkeypatch, asked, device, found):
+    monkeypatch.setenv(choice.VARIABLE, asked)
+    name, reason = choice.chosen(torch.device(device))
+    assert name == found and reason.endswith(".")
+
+
+def test_triton_is_chosen_where_it_is(monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton, which has no package for this system")
+    for asked in ("auto", "triton"):
+        monkeypatch.setenv(choice.VARIABLE, asked)
+        assert choice.chosen(torch.device("cuda"))[0] == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="only Triton's interpreter runs: set TRITON_INTERPRET=1"):
+        choice.chosen(torch.device("cpu"))
+
+
+def test_a_kernel_that_cannot_run_is_named(monkeypatch):
+    monkeypatch.setenv(choice.VARIABLE, "cuda")
+    with pytest.raises(
+        ValueError, match=r"QLORA_EDU_KERNELS: expected one of auto, torch, numba, triton; got 'cuda'"
+    ):
+        choice.chosen(torch.device("cpu"))
+    monkeypatch.setenv(choice.VARIABLE, "numba")
+    with pytest.raises(RuntimeError, match="Numba's kernels are for a CPU"):
+        choice.chosen(torch.device("cuda"))
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    choice._chosen.cache_clear()
+    try:
+        for asked, device in (("numba", "cpu"), ("triton", "cuda")):
+            monkeypatch.setenv(choice.VARIABLE, asked)
+            with pytest.raises(RuntimeError, match=f"{asked} is asked for, and is not installed"):
+                choice.chosen(torch.device(device))
+        monkeypatch.setenv(choice.VARIABLE, "auto")
+        with pytest.warns(UserWarning, match="decoded by plain torch: the same bits"):
+            assert choice.chosen(torch.device("cuda"))[0] == "torch"
+    finally:
+        choice._chosen.cache_clear()
+
+
+# --- Numba -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request, monkeypatch):
+    """Numba asked for, with that many threads, each of which takes few blocks."""
+    monkeypatch.setenv(choice.VARIABLE, "numba")
+    monkeypatch.setattr(numba_codes, "BLOCKS_OF_A_THREAD", 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codebook", list(codebooks.CODEBOOKS))
+def test_every_size_is_encoded_and_decoded_as_defined(threads, codebook, dtype):
+    for count in ODD_SIZES[:-1]:
+        weight = stored_weights(count).to(dtype)
+        q = blockwise.quantize(weight, codebook=codebook)
+        assert choice.encoder(weight.device) is choice.decoder(weight.device) is numba_codes
+        whole = count // 64 * 64
+        x = (
+            (weight[:whole].float().view(-1, 64) / 1 * (1 / q.scales()[: whole // 64, None]))
+            .flatten()
+            .clamp(-1, 1)
+        )
+        assert torch.equal(q.packed[: whole // 2], blockwise.pack(blockwise.encode(x, codebook)))
+        for target in DTYPES:
+            right = blockwise.decode(q.packed, q.scales(), codebook, 64, count).to(target)
+            assert differing(q.dequantize(target), right) == (count, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_block_size(threads, block_size, dtype):
+    weight = stored_weights(30_011).to(dtype)
+    q = blockwise.quantize(weight, block_size, double_quant=True)
+    os.environ[choice.VARIABLE] = "torch"  # the fixture puts it back
+    plain = blockwise.quantize(weight, block_size, double_quant=True)
+    assert torch.equal(q.packed, plain.packed)
+    os.environ[choice.VARIABLE] = "numba"
+    for target in DTYPES:
+        right = blockwise.decode(q.packed, q.scales(), "nf4", block_size, q.numel).to(target)
+        assert differing(q.dequantize(target), right) == (q.numel, 0)
+
+
+@pytest.mark.parametrize("codebook", list(codebooks.CODEBOOKS))
+def test_all_numbers_near_a_threshold_a_level_or_the_edge_of_a_cell(codebook):
+    levels, thresholds, _ = codebooks.table(codebook)
+    edges = (torch.arange(encode.CELLS, dtype=torch.float64) / ((encode.CELLS - 1) / 2) - 1).float()
+    steps = torch.arange(-300, 301, dtype=torch.int32)
+    near = (
+        (torch.cat([levels, thresholds, edges]).view(torch.int32)[:, None] + steps)
+        .flatten()
+        .view(torch.float32)
+    )
+    x = near[near.abs() <= 1]
+    x = torch.nn.functional.pad(x, (0, -x.numel() % 32))
+    packed = torch.empty(x.numel() // 2, dtype=torch.uint8)
+    numba_codes.encode_into(packed, x, torch.ones(x.numel() // 32), codebook, 32)
+    assert torch.equal(packed, blockwise.pack(blockwise.encode(x, codebook)))
+
+
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_touched():
+    packed, scales = torch.zeros(32, dtype=torch.uint8), torch.ones(2)
+    for out in (torch.empty(65), torch.empty(66), torch.empty(128), torch.empty(0)):
+        with pytest.raises(ValueError, match="weights: expected whole blocks of 32"):
+            numba_codes.decode_into(out, packed, scales, "nf4", 32)
+        with pytest.raises(ValueError, match="weights: expected whole blocks of 32"):
+            numba_codes.encode_into(packed, out, scales, "nf4", 32)
+    with pytest.raises(ValueError, match="1 scales"):
+        numba_codes.decode_into(torch.empty(64), packed, scales[:1], "nf4", 32)
+    with pytest.raises(ValueError, match="weights: expected a contiguous tensor on the CPU"):
+        numba_codes.decode_into(torch.empty(64, 2)[:, 0], packed, scales, "nf4", 32)
+    with pytest.raises(ValueError, match="packed: expected a contiguous tensor on the CPU"):
+        numba_codes.decode_into(torch.empty(64), packed.repeat(2)[::2], scales, "nf4", 32)
+
+
+def test_scales_of_all_magnitudes_are_rounded_as_torch_rounds():
+    tails = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x18000])
+    bits = ((torch.arange(0, 0x7F70, 3)[:, None] << 16) + tails).flatten().int()
+    scales = bits.view(torch.float32)
+    packed = torch.arange(256, dtype=torch.uint8).repeat(len(scales) // 16 + 1)[: 16 * len(scales)]
+    for dtype in DTYPES:
+        out = torch.empty(32 * len(scales), dtype=dtype)
+        numba_codes.decode_into(out, packed, scales, "nf4", 32)
+        right = blockwise.decode(packed, scales, "nf4", 32, out.numel()).to(dtype)
+        assert differing(out, right) == (out.numel(), 0)
+
+
+def test_autograd_notices_what_numba_writes(monkeypatch):
+    monkeypatch.setenv(choice.VARIABLE, "numba")
+    q = blockwise.quantize(stored_weights(256))
+    out = torch.empty(q.shape)
+    version = out._version
+    q.dequantize(out=out)
+    assert out._version > version
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_fork_has_threads_of_its_own(monkeypatch):
+    code = """
+import os, torch
+from qlora_edu import blockwise
+from qlora_edu.kernels import numba_codes
+from qlora_edu.parity import stored_weights
+numba_codes.BLOCKS_OF_A_THREAD = 3
+torch.set_num_threads(2)
+q = blockwise.quantize(stored_weights(100_000))
+right = q.dequantize()
+child = os.fork()
+if child == 0:
+    # NumPy compares: torch's own threads do not survive a fork
+    os._exit(0 if (q.dequantize().numpy() == right.numpy()).all() else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {choice.VARIABLE: "numba"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout == "0\n", done.stderr
+
+
+def test_threads_that_decode_at_the_same_time(monkeypatch):
+    monkeypatch.setenv(choice.VARIABLE, "numba")
+    weights = [stored_weights(200_000, i) for i in range(4)]
+    stored = [blockwise.quantize(w) for w in weights]
+    right = [blockwise.decode(q.packed, q.scales(), "nf4", 64, q.numel) for q in stored]
+    wrong = []
+
+    def work(i):
+        for _ in range(20):
+            if not torch.equal(stored[i].dequantize(), right[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
