@@ -33,17 +33,9 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     if len(kinds) != 1:
         raise ValueError(f"model: expected 4-bit layers of one kind; got {sorted(map(str, kinds)) or 'none'}")
     codebook, double_quant, compute_dtype = kinds.pop()
-    from transformers import BitsAndBytesConfig
-
     kept = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, NF4Linear)]
-    description = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=codebook,
-        bnb_4bit_use_double_quant=double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=kept or None,
-    )
-    config = {**model.config.to_dict(), "quantization_config": description.to_dict()}
+    description = quantization_config(codebook, double_quant, compute_dtype, kept)
+    config = {**model.config.to_dict(), "quantization_config": description}
     config.pop("_name_or_path", None)
     seen: dict[int, str] = {}  # tied weights are stored once
     tensors = {}
@@ -56,6 +48,21 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike) -> Path:
     write_whole(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_whole(folder / "config.json", (json.dumps(config, indent=2, default=str) + "\n").encode())
     return folder
+
+
+def quantization_config(
+    codebook: str, double_quant: bool, compute_dtype: torch.dtype, kept: list[str]
+) -> dict:
+    """What a config.json says of 4-bit layers, in transformers' words. kept: linear layers that are not in 4 bits."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=codebook,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=kept or None,
+    ).to_dict()
 
 
 def load_quantized(folder: str | os.PathLike, device: str | torch.device = "cpu") -> nn.Module:
