@@ -53,7 +53,7 @@ help:
 	@echo 'make matrix     try every check on its wrong and right answers, and print the table'
 	@echo 'make parity     compare the course with bitsandbytes and PEFT, bit for bit'
 	@echo 'make claims     recompute every claim of the ledger and print its verdict'
-	@echo 'make bench      measure a QLoRA step on this machine'
+	@echo 'make bench      measure kernels and a QLoRA step on this machine against the libraries'
 	@echo 'make lint       ruff, and how the notebooks are kept'
 	@echo 'make format     format the code'
 	@echo 'make clean      remove the environment and the caches in this folder (the model stays)'
@@ -159,7 +159,9 @@ claims: $(TEST_INSTALLED)
 	@$(PY) -m qlora_edu.claims
 
 bench: $(TEST_INSTALLED)
-	@$(PY) benchmarks/qlora_step.py
+	@failed=0; for kernels in torch numba; do QLORA_EDU_KERNELS=$$kernels $(PY) benchmarks/kernels.py || failed=1; echo; done; \
+	$(PY) benchmarks/qlora_step.py || failed=1; echo; \
+	$(PY) benchmarks/gpu_kernels.py || [ $$? = 2 ] || failed=1; exit $$failed
 
 doctor: $(INSTALLED)
 	@$(PY) -m qlora_edu.doctor
