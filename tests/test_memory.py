@@ -1,9 +1,13 @@
 """Measured bytes, against allocations of a known size."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
+import torch
+from torch import nn
 
 from qlora_edu import memory
 
@@ -58,3 +62,22 @@ def test_a_method_of_the_real_model_takes_more_than_its_weights():
     )
     weights = memory.predict("smollm2-135m", "lora").weights
     assert peak["peak"] - peak["base"] > weights
+
+
+def test_what_was_asked_what_it_keeps_is_freed():
+    """`exp` keeps its result: a result held by its own graph would live until the garbage collector finds it."""
+    layer = nn.Linear(4, 4)
+    seen = []
+
+    def forward():
+        y = layer(torch.ones(2, 4)).exp()
+        seen.append(weakref.ref(y))
+        return y
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert sum(memory.kept_by_forward(layer, forward).values()) > 0
+        assert seen[-1]() is None
+    finally:
+        gc.enable()

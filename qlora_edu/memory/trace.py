@@ -37,7 +37,7 @@ def kept_by_forward(model: nn.Module, forward: Callable[[], object]) -> dict[tup
             made_by = tensor.grad_fn.name() if tensor.grad_fn is not None else "-"
             key = (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), made_by)
             found[key] = found.get(key, 0) + storage.nbytes()
-        return tensor
+        return tensor.detach()  # a result that its own graph holds would never be freed
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         result = forward()
