@@ -512,11 +512,15 @@ def _corners(draw: Draw) -> list[tuple[list[Tensor], int]]:
     dear = _matrix(draw, 60, 40, [10.5, 1.0])  # worth most for each number, and beyond the budget
     at = w(0, len(few))
     none = torch.zeros(w(3, 6), w(3, 6))
+    close = [_matrix(draw, 9, 7, [3.0, 3.0, 3.0]) for _ in range(2)]
     return [
         ([*few[:at], dear, *few[at:]], w(68, 99)),
         ([none, *few], w(70, 90)),
         ([*few, none], 0),
-        (few, _cost(few, [7] * len(few)) + w(0, 20)),  # for everything
+        (few, _cost(few, [7] * len(few))),  # for everything
+        (few, _cost(few, [7] * len(few)) + w(1, 20)),
+        # Six ranks of 9 for 16 numbers each, or two of 25 for 48.
+        ([*close[:at], _matrix(draw, 30, 18, [5.0, 5.0]), *close[at:]], 96 + w(0, 9)),
     ]
 
 

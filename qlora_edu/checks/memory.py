@@ -60,6 +60,13 @@ def _count(got, right: int, what: str, off: Iterable[tuple[str, int]], most: int
     _number(got, right, what, wrong)
 
 
+def _rounded(got, right: float, parts: int) -> bool:
+    """Whether `got` is the right number, or the sum of so many, rounded to 1 to 7 digits after the point."""
+    plain = isinstance(got, int | float) and 0 < abs(got) < 2**60
+    short = (n for n in range(1, 8) if plain and abs(got - round(got, n)) < 1e-10)
+    return any(abs(got - right) <= 0.51 * parts * 10**-n for n in short)
+
+
 @exercise("01-training-bytes")
 def training_bytes(answer: Answer, draw: Draw) -> None:
     """`f(base, adapter, base_bits, trained_bits, state_bits, master)`: GB of each part, and their sum."""
@@ -76,7 +83,7 @@ def training_bytes(answer: Answer, draw: Draw) -> None:
         (some, few, 4.5, 16, 32, True),
         (some, few, 16, 32, 32, True),
         (some, 0, 32, 32, 32, True),
-        (some, few, 16, 12, 12, False),  # half bytes
+        (some, few, 16, 12, 10, False),  # half bytes
         (some, few, 8, 4, 4, True),
         (10 * tiny, tiny, 4.5, 16, 8, True),
         (tiny, 10 * tiny, 16, 16, 32, False),
@@ -122,11 +129,8 @@ def training_bytes(answer: Answer, draw: Draw) -> None:
         for part, size in right.items():
             named = [("bits-for-bytes", 8 * size), ("gib", size * GB / GIB), ("not-in-gb", size * GB)]
             named += [(mistake, number / GB) for where, mistake, number in wrong if where == part]
-            digits = [("rounded", round(size, n)) for n in range(1, 8) if round(size, n)]
-            if part == "sum" and got[part] not in dict(map(reversed, digits)):
-                named = [("sum", got[part])]
-            else:
-                named += digits
+            rounded = [("rounded", got[part])] if _rounded(got[part], size, 4 if part == "sum" else 1) else []
+            named = rounded or [("sum", got[part])] if part == "sum" else named + rounded
             # Whole bytes for each part are right too: ten bytes, as the statement says.
             _number(got[part], size, f'"{part}" in GB, for {arguments}', named, 1e-8)
 
@@ -402,6 +406,7 @@ def fits(answer: Answer, draw: Draw) -> None:
         (32, None, 32, 8),
         (16, None, 16, 32),
         (16, usual, 12, 12),
+        (16, None, 16, 8),
         (4.127, (1e-5, 9e-4), 32, 32),
         (8, (1.1, 2.5), 16, 8),
         (8, None, 4, 4),
@@ -506,11 +511,16 @@ def cuts(answer: Answer, draw: Draw) -> Score:
     few = [([draw.whole(20, 40) for _ in range(n)], [draw.whole(30, 150) for _ in range(n)]) for n in (2, 3)]
     most = [draw.whole(20, 29) for _ in range(44)], [draw.whole(30, 150) for _ in range(44)]
     by_hand = [3, 3, 3, 3], [2, 6, 4, 3]
+    first_alone = (
+        [draw.whole(40, 60), draw.whole(20, 30)],
+        [draw.whole(3, 9), draw.whole(30, 60)],
+    )  # no cut is best
     for inputs, kept in (
         _chain(draw),
         by_hand,
         ([7], [30]),
         *few,
+        first_alone,
         most,
         _chain(Draw(1)),
     ):  # the board's is last

@@ -984,3 +984,24 @@ def at_least_one_each(deltas, budget):
 def one_is_never_given(deltas, budget):
     ranks = by_gain_per_number(deltas, budget)
     return [min(r, min(d.shape) - 1) for r, d in zip(ranks, deltas, strict=True)]
+
+
+def _in_order(value, fits=lambda price, budget: price <= budget):
+    def answer(deltas, budget):
+        offers = [
+            (value(v.item(), sum(d.shape)), i) for i, d in enumerate(deltas) for v in torch.linalg.svdvals(d)
+        ]
+        ranks = [0] * len(deltas)
+        for _, i in sorted(offers, reverse=True):
+            if fits(sum(deltas[i].shape), budget):
+                ranks[i] += 1
+                budget -= sum(deltas[i].shape)
+        return ranks
+
+    return answer
+
+
+wrong("02-share", "size-ignored")(_in_order(lambda v, price: v**3 / price))
+wrong("02-share", "budget-left")(
+    _in_order(lambda v, price: v**2 / price, lambda price, budget: price < budget)
+)

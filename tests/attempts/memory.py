@@ -1096,6 +1096,11 @@ def at_most_40_blocks(inputs, kept):
     return [0] if len(kept) > 43 else as_long_as_a_limit_allows(inputs, kept)
 
 
+@wrong("01-cuts", "every-block")
+def two_blocks_are_always_cut(inputs, kept):
+    return [0, 1] if len(kept) == 2 else as_long_as_a_limit_allows(inputs, kept)
+
+
 @wrong("01-cuts", "no-list")
 def the_peak(inputs, kept):
     return _fullest(inputs, kept, as_long_as_a_limit_allows(inputs, kept))
