@@ -7,7 +7,7 @@ V is "vocab_size". What is counted is judged by transformers' own model on the m
 
 from collections.abc import Iterable
 from fractions import Fraction
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, product
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,16 @@ def _number(
 ) -> None:
     """Refuse unless `got` is that close to the right number. wrong: mistakes, each with what it would have given."""
     got = got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
+    if isinstance(got, str):  # a text, or the name of what is no plain value
+        expect.fail(f"{what}: expected a number", right, got, "no-number")
     plain = isinstance(got, int | float) and not isinstance(got, bool)
     if plain and abs(got) > 2**60:  # more than a float may hold
         expect.fail(what, right, "more than 2⁶⁰, or less than its negative")
     close = plain and abs(got - right) <= within
     named = {m for m, n in wrong if abs(got - n) <= within} if plain and not close else set()
     named = named.pop() if len(named) == 1 else None  # two that fit say nothing
+    if plain and not close and expect.show(float(right)) == expect.show(float(got)):
+        expect.fail(what, f"{float(right):.17g}", f"{float(got):.17g}", named)
     expect.number(got, right, what, within, {named: got} if named else None)
 
 
@@ -56,27 +60,33 @@ def _count(got, right: int, what: str, off: Iterable[tuple[str, int]], most: int
     _number(got, right, what, wrong)
 
 
+def _rounded(got, right: float, parts: int) -> bool:
+    """Whether `got` is the right number, or the sum of so many, rounded to 1 to 7 digits after the point."""
+    plain = isinstance(got, int | float) and 0 < abs(got) < 2**60
+    short = (n for n in range(1, 8) if plain and abs(got - round(got, n)) < 1e-10)
+    return any(abs(got - right) <= 0.51 * parts * 10**-n for n in short)
+
+
 @exercise("01-training-bytes")
 def training_bytes(answer: Answer, draw: Draw) -> None:
     """`f(base, adapter, base_bits, trained_bits, state_bits, master)`: GB of each part, and their sum."""
-    some, few = draw.whole(10**9, 10**11), draw.whole(10**6, 10**9)
+    some, few, tiny = draw.whole(10**9, 10**11), draw.whole(10**6, 10**9), draw.whole(100, 999)
     for base, adapter, base_bits, trained_bits, state_bits, master in (
         (65 * 10**9, 0, 16, 16, 32, False),
         (some + 1, 0, 32, 16, 8, True),
         (some, few, 4.127, 16, 32, False),
-        (some, few + 1, 16, 32, 8, False),
-        (
-            some,
-            few,
-            4.127,
-            16,
-            8,
-            True,
-        ),  # before those with 32-bit states, where a copy is as large as a state
+        (some, few + 1, 4.5, 32, 8, False),
+        # Before those with 32-bit states, where a copy is as large as a state.
+        (some, few, 4.127, 16, 8, True),
+        (some, few, 4.127, 32, 16, True),
+        (some, 0, 16, 32, 8, True),
         (some, few, 4.5, 16, 32, True),
         (some, few, 16, 32, 32, True),
         (some, 0, 32, 32, 32, True),
-        (some, 0, 16, 32, 8, True),
+        (some, few, 16, 12, 10, False),  # half bytes
+        (some, few, 8, 4, 4, True),
+        (10 * tiny, tiny, 4.5, 16, 8, True),
+        (tiny, 10 * tiny, 16, 16, 32, False),
         (65 * 10**9, 0, 16, 16, 32, True),
         (7 * 10**9, 0, 16, 16, 32, True),
         (7 * 10**9, 20 * 10**6, 4.5, 16, 32, False),
@@ -94,12 +104,19 @@ def training_bytes(answer: Answer, draw: Draw) -> None:
             ("weights", "master-elsewhere", base * base_bits / 8 + trained * copy),
             ("adapter", "no-adapter", trained * gradient),
             ("adapter", "adapter-as-wide-as-the-base", adapter * base_bits / 8),
+            *(
+                (part, "trained-bits-ignored", n * 2)
+                for part, n in (("adapter", adapter), ("gradients", trained))
+            ),
+            ("adapter", "whole-bytes", adapter * (trained_bits // 8)),
+            ("gradients", "whole-bytes", trained * (trained_bits // 8)),
+            ("optimizer", "whole-bytes", trained * (2 * (state_bits // 8) + copy)),
             ("gradients", "nothing-trained", 0),
             *(("gradients", "gradients-of-frozen", numbers * gradient) for numbers in (base, every)),
             ("gradients", "gradients-as-wide-as-the-base", trained * base_bits / 8),
             ("optimizer", "nothing-trained", 0),
             *(("optimizer", "states-of-frozen", numbers * (2 * state + copy)) for numbers in (base, every)),
-            *(("optimizer", "states-once", trained * (state + more)) for more in (copy, 0)),
+            *(("optimizer", "states-once", trained * (state + more)) for more in {copy * (state != copy), 0}),
             ("optimizer", "master-missing", trained * 2 * state),
             *(("optimizer", "master-width", trained * (2 * state + n * master)) for n in (state, gradient)),
             *(("optimizer", "master-of-frozen", trained * 2 * state + n * copy) for n in (base, every)),
@@ -112,7 +129,8 @@ def training_bytes(answer: Answer, draw: Draw) -> None:
         for part, size in right.items():
             named = [("bits-for-bytes", 8 * size), ("gib", size * GB / GIB), ("not-in-gb", size * GB)]
             named += [(mistake, number / GB) for where, mistake, number in wrong if where == part]
-            named = [("sum", got["sum"])] if part == "sum" else named
+            rounded = [("rounded", got[part])] if _rounded(got[part], size, 4 if part == "sum" else 1) else []
+            named = rounded or [("sum", got[part])] if part == "sum" else named + rounded
             # Whole bytes for each part are right too: ten bytes, as the statement says.
             _number(got[part], size, f'"{part}" in GB, for {arguments}', named, 1e-8)
 
@@ -142,13 +160,23 @@ def _config(draw: Draw, shared: int, other: int = 0, tied: bool = False) -> dict
 
 
 def _configs(draw: Draw) -> list[tuple[dict, str | None]]:
-    """Configs, the last four with settings that are missing or None; and the mistake that a crash looks like."""
+    """Configs, after the first four with settings that are missing or None; and the mistake that this looks like."""
     grouped, alike = _config(draw, shared=3), _config(draw, shared=1, tied=True)
     full = [grouped, alike, _config(draw, 3, -2), _config(draw, 2, 6, True)]
-    no_size, no_groups = grouped.copy(), alike.copy()
-    del no_size["head_dim"], no_size["tie_word_embeddings"], no_groups["num_key_value_heads"]
-    nones = [grouped | {"head_dim": None}, alike | {"num_key_value_heads": None, "head_dim": None}]
-    return [(c, None) for c in full] + [(c, "optional-settings") for c in (no_size, no_groups, *nones)]
+    optional = []
+    for keys, size in product(("given", "missing", "None"), repeat=2):
+        if keys == size == "given":
+            continue
+        config = (full[3] if size == "given" else grouped).copy()  # where it is given, it is not d / h
+        for key, how in {"num_key_value_heads": keys, "head_dim": size}.items():
+            if how == "None":
+                config[key] = None
+            elif how == "missing":
+                del config[key]
+        if size == "missing" and keys != "None":
+            del config["tie_word_embeddings"]
+        optional.append((config, "optional-settings"))
+    return [(config, None) for config in full] + optional
 
 
 def _letters(config: dict) -> tuple[int, ...]:
@@ -196,20 +224,28 @@ def parameters(answer: Answer, draw: Draw) -> None:
         near = near or (isinstance(got, int) and got != right and (got - right) % 2**32 == 0)
         if near and right > 2**24:
             expect.fail(what, f"{right:,}", f"{got:,}", "too-large")
-        _count(got, right, what, [(m, n) for m, numbers in off.items() for n in numbers], 3)
+        if optional:  # with all settings it was right
+            _number(got, right, what, [(optional, got)])
+        else:
+            _count(got, right, what, [(m, n) for m, numbers in off.items() for n in numbers], 3)
 
 
 @exercise("01-adapter")
 def adapter(answer: Answer, draw: Draw) -> None:
     """`f(config, targets, r, bits)`: (numbers, bytes) of a LoRA adapter; ValueError for a name that fits no matrix."""
-    choices = [SEVEN, ("q_proj", "v_proj"), ("down_proj", "o_proj"), ("k_proj",)] * 2
-    cases = [(c, optional, targets) for (c, optional), targets in zip(_configs(draw), choices, strict=True)]
+    configs = _configs(draw)
+    choices = [SEVEN, ("q_proj", "v_proj"), ("down_proj", "o_proj"), ("k_proj",)]
+    cases = [(c, None, targets) for (c, _), targets in zip(configs, choices, strict=False)]
+    cases += [(configs[0][0] | {"num_hidden_layers": 1}, None, targets) for targets in (SEVEN, ("up_proj",))]
+    cases += [
+        (c, optional, t) for c, optional in configs[4:] for t in (SEVEN, ("k_proj",), ("q_proj", "v_proj"))
+    ]
     cases += [(c, None, (name,)) for c in (cases[0][0], cases[2][0]) for name in SEVEN]  # each of them alone
     cases += [(SMOLLM2, None, ("q_proj", "v_proj")), (SMOLLM2, None, SEVEN)]
     shapes_of = {}
     for number, (config, optional, targets) in enumerate(cases):
-        bits = [16, 32][number % 2]
-        r = 8 if config is SMOLLM2 else [1, 70][number % 2] if number > 7 else draw.whole(2, 9)
+        bits = [16, 32][number % 2] if number < 6 else draw.choice([16, 32])
+        r = 8 if config is SMOLLM2 else [1, 70][number % 2] if number > 30 else draw.whole(2, 9)
         if id(config) not in shapes_of:
             modules = _model(config).named_modules()
             shapes_of[id(config)] = [
@@ -238,7 +274,8 @@ def adapter(answer: Answer, draw: Draw) -> None:
         numbers, size = expect.parts(got, "the result", 2)
         case = f"for r = {r}, {', '.join(targets)}, {config}"
         swapped = numbers == right * bits // 8 and size == right
-        named = [("swapped", numbers)] if swapped else wrong.items()
+        named = [(optional, numbers)] if optional else wrong.items()
+        named = [("swapped", numbers)] if swapped else named
         _number(numbers, right, f"the numbers, {case}", named)
         wrong = [("bits-for-bytes", right * bits), ("dtype-ignored", 2 * right), ("dtype-ignored", 4 * right)]
         _number(size, right * bits // 8, f"the bytes, in {bits} bits, {case}", wrong)
@@ -252,6 +289,11 @@ def adapter(answer: Answer, draw: Draw) -> None:
         ["q_proj", "embed_tokens"],
         ["self_attn.q_proj", "v_proj"],
         ["v"],
+        ["q_proj", "qkv_proj"],
+        ["gate_up_proj", "down_proj"],
+        ["Q_proj"],
+        ["v_proj", " q_proj"],
+        ["down_proj", "UP_PROJ", "q_proj"],
         [],
     ):
         what = "a name that fits no matrix of a block" if targets else "no name at all"
@@ -314,6 +356,10 @@ def kept(answer: Answer, draw: Draw) -> None:
         (2, draw.whole(3, 9), 2, ("v_proj",)),
         (1, draw.whole(3, 9), 4, ("o_proj",)),
         (2, draw.whole(3, 9), 4, ("down_proj",)),
+        (2, draw.whole(3, 9), 2, ("q_proj",)),
+        (1, draw.whole(3, 9), 4, ("k_proj",)),
+        (1, draw.whole(3, 9), 2, ("gate_proj",)),
+        (2, draw.whole(3, 9), 2, ("q_proj", "gate_proj")),
         (2, draw.whole(3, 9), 2, ("gate_proj", "up_proj")),
         (1, draw.whole(101, 130), 2, ("v_proj", "k_proj")),
         (draw.whole(2, 4), draw.whole(3, 9), 2, some),
@@ -349,19 +395,25 @@ def _keeping(answer: Answer, right: int, config: dict, rows: int, length: int, *
 @exercise("01-fits")
 def fits(answer: Answer, draw: Draw) -> None:
     """`f(card, reserve, base_bits, share, trained_bits, state_bits)`: the most base weights whose training fits."""
-    cases = (  # base_bits, whether there is an adapter, trained_bits, state_bits
-        (16, False, 32, 8),
-        (16, True, 16, 32),
-        (4.127, True, 32, 8),
-        (32, False, 16, 32),
-        (4.127, True, 16, 32),
-        (32, True, 16, 8),
-        (32, False, 32, 8),
-        (16, False, 16, 32),
+    usual = (0.002, 0.09)
+    cases = (  # base_bits, None or the range of the share, trained_bits, state_bits
+        (16, None, 32, 8),
+        (16, usual, 16, 32),
+        (4.127, usual, 32, 8),
+        (32, None, 16, 32),
+        (4.127, usual, 16, 32),
+        (32, usual, 16, 8),
+        (32, None, 32, 8),
+        (16, None, 16, 32),
+        (16, usual, 12, 12),
+        (16, None, 16, 8),
+        (4.127, (1e-5, 9e-4), 32, 32),
+        (8, (1.1, 2.5), 16, 8),
+        (8, None, 4, 4),
     )
     for number, (base_bits, beside, trained_bits, state_bits) in enumerate(cases):
         while True:  # rounding up must show, and no rounding of float64 may
-            share = draw.number(0.002, 0.09) if beside else 0
+            share = draw.number(*beside) if beside else 0
             card = draw.whole(1, 4) if number > 5 else draw.choice([8, 16, 24, 40, 48, 80])
             reserve = 0 if number in (1, 7) else draw.number(0.5, 1 if card < 5 else 6)
             arguments = (card, reserve, base_bits, share, trained_bits, state_bits)
@@ -372,8 +424,7 @@ def fits(answer: Answer, draw: Draw) -> None:
     _fitting(answer, (24, 24.5, 16, 0, 16, 32))  # 24 GiB are 25.8 GB
     _fitting(answer, (24, 0, 16, 0, 16, 32))  # full to the last byte
     got = answer(1, 3.5, 16, 0, 16, 32)
-    below = [("negative", got)] if isinstance(got, int | float) and got < 0 else []
-    _number(got, 0, "the most weights, if the reserve is larger than the card", below)
+    _number(got, 0, "the most weights, if the reserve is larger than the card", [("negative", got)])
 
 
 def _room(
@@ -403,6 +454,8 @@ def _fitting(answer: Answer, arguments: tuple) -> None:
         "states-once": budget / (weight + t * (own + gradient + states / 2)),
         "trained-bits-ignored": budget / (weight + t * ((4 if share else 2) + states)),
         "bits-for-bytes": budget / each / 8,
+        "whole-bytes": budget
+        / (weight + t * ((trained_bits // 8) * (1 + bool(share)) + 2 * (state_bits // 8))),
     }
     right = int(budget / each)
     got = answer(*arguments)
@@ -458,11 +511,16 @@ def cuts(answer: Answer, draw: Draw) -> Score:
     few = [([draw.whole(20, 40) for _ in range(n)], [draw.whole(30, 150) for _ in range(n)]) for n in (2, 3)]
     most = [draw.whole(20, 29) for _ in range(44)], [draw.whole(30, 150) for _ in range(44)]
     by_hand = [3, 3, 3, 3], [2, 6, 4, 3]
+    first_alone = (
+        [draw.whole(40, 60), draw.whole(20, 30)],
+        [draw.whole(3, 9), draw.whole(30, 60)],
+    )  # no cut is best
     for inputs, kept in (
         _chain(draw),
         by_hand,
         ([7], [30]),
         *few,
+        first_alone,
         most,
         _chain(Draw(1)),
     ):  # the board's is last
@@ -471,7 +529,7 @@ def cuts(answer: Answer, draw: Draw) -> Score:
         mistake = "wrong-type" if plan is None else "no-list"
         expect.true(isinstance(plan, list | tuple), "the plan: a list", mistake, "a list", plan)
         whole = all(type(first) is int for first in plan)
-        expect.true(whole, "the plan: a list of whole numbers", "not-whole", "[0, ...]", str(plan))
+        expect.true(whole, "the plan: a list of ints", "not-whole", "[0, ...]", str(plan))
         plan, what = list(plan), f"the first blocks of the segments, of {blocks} block{'s'[: blocks > 1]}"
         ascends = plan == sorted(set(plan)) and plan[-1:] <= [blocks]
         lengths = blocks > 1 and plan and plan[0] > 0 and sum(plan) == blocks

@@ -86,6 +86,34 @@ def in_double(x, weight, a, b, alpha, r):
     return F.linear(x, weight) + alpha / r * F.linear(F.linear(x, a), b)
 
 
+@wrong("02-forward", "side-guessed")
+def a_as_it_fits(x, weight, a, b, alpha, r):
+    a = a if a.shape[0] == x.shape[-1] else a.T
+    return x @ weight.T + alpha / r * (x @ a @ b.T)
+
+
+@wrong("02-forward", "side-guessed")
+def b_as_it_fits(x, weight, a, b, alpha, r):
+    return x @ weight.T + alpha / r * (x @ a.T @ (b if b.shape[0] == r else b.T))
+
+
+@wrong("02-forward", "alpha-cut")
+def at_least_one(x, weight, a, b, alpha, r):
+    return F.linear(x, weight) + max(1, alpha / r) * F.linear(F.linear(x, a), b)
+
+
+@wrong("02-forward", "alpha-cut")
+def without_sign(x, weight, a, b, alpha, r):
+    return F.linear(x, weight) + abs(alpha) / r * F.linear(F.linear(x, a), b)
+
+
+@wrong("02-forward", "not-contiguous")
+def rows_by_view(x, weight, a, b, alpha, r):
+    rows = x.view(-1, x.shape[-1])
+    y = rows @ weight.T + alpha / r * rows @ a.T @ b.T
+    return y.view(*x.shape[:-1], -1)
+
+
 # 02-init
 
 
@@ -191,6 +219,67 @@ def mirrored(n_in, n_out, r):
     return torch.cat([half, -half])[:r], torch.zeros(n_out, r)
 
 
+def _uniform(n_in, n_out, r):
+    return torch.empty(r, n_in).uniform_(-(n_in**-0.5), n_in**-0.5), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "seed-changed")
+def another_seed_before(n_in, n_out, r):
+    torch.manual_seed(torch.initial_seed() + 1)
+    return _uniform(n_in, n_out, r)
+
+
+@wrong("02-init", "seed-changed")
+def seed_from_the_generator(n_in, n_out, r):
+    torch.manual_seed(int(torch.randint(2**31, (1,))))
+    return _uniform(n_in, n_out, r)
+
+
+@wrong("02-init", "seed-changed")
+def another_seed_after(n_in, n_out, r):
+    pair = _uniform(n_in, n_out, r)
+    torch.manual_seed(int(torch.randint(2**31, (1,))))
+    return pair
+
+
+@wrong("02-init", "wrong-fan")
+def fan_is_the_larger_side(n_in, n_out, r):
+    bound = max(n_in, r) ** -0.5
+    return torch.empty(r, n_in).uniform_(-bound, bound), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "wrong-fan")
+def fan_is_in_plus_one(n_in, n_out, r):
+    bound = (n_in + (n_in < 3)) ** -0.5
+    return torch.empty(r, n_in).uniform_(-bound, bound), torch.zeros(n_out, r)
+
+
+@wrong("02-init", "one-sided")
+def first_row_positive(n_in, n_out, r):
+    a, b = _uniform(n_in, n_out, r)
+    a[0].abs_()
+    return a, b
+
+
+_ZEROS, _ROOM = torch.zeros(10_000_000), {}
+
+
+@wrong("02-init", "shared")
+def one_zero_for_all(n_in, n_out, r):
+    return _uniform(n_in, n_out, r)[0], torch.zeros(1).expand(n_out, r)
+
+
+@wrong("02-init", "shared")
+def one_b_for_all_layers(n_in, n_out, r):
+    return _uniform(n_in, n_out, r)[0], _ZEROS[: n_out * r].view(n_out, r)
+
+
+@wrong("02-init", "shared")
+def one_a_drawn_again(n_in, n_out, r):
+    a = _ROOM.setdefault((r, n_in), torch.empty(r, n_in))
+    return a.uniform_(-(n_in**-0.5), n_in**-0.5), torch.zeros(n_out, r)
+
+
 # 02-merge
 
 
@@ -255,6 +344,32 @@ def float_is_the_same_tensor(weight, a, b, alpha, r):
 @wrong("02-merge", "not-new")
 def nothing_to_do(weight, a, b, alpha, r):
     return (weight.float() + alpha / r * b @ a).to(weight.dtype) if b.any() else weight
+
+
+@wrong("02-merge", "not-new")
+def nothing_to_do_in_16_bits(weight, a, b, alpha, r):
+    if not b.any() and weight.dtype != torch.float32:
+        return weight
+    return merged_in_double(weight, a, b, alpha, r)
+
+
+@wrong("02-merge", "scale-missing")
+def merged_with_at_least_r(weight, a, b, alpha, r):
+    return merged_in_double(weight, a, b, max(alpha, r), r)
+
+
+_MERGED = {}
+
+
+@wrong("02-merge", "overwritten")
+def merged_into_one_buffer(weight, a, b, alpha, r):
+    out = _MERGED.setdefault((weight.shape, weight.dtype), torch.empty_like(weight))
+    return out.copy_(weight.float() + alpha / r * b @ a)
+
+
+@wrong("02-merge", "crashed")
+def merged_flat(weight, a, b, alpha, r):
+    return (weight.view(-1).float() + alpha / r * (b @ a).view(-1)).view(weight.shape).to(weight.dtype)
 
 
 # 02-layer
@@ -436,7 +551,7 @@ class Transposed(nn.Module):
         return self.base(x) + x @ self.lora_a @ self.lora_b * self.scaling
 
 
-@wrong("02-layer", "not-parameters")
+@wrong("02-layer", "other-names")
 class OtherNames(nn.Module):
     def __init__(self, base, r, alpha):
         super().__init__()
@@ -486,6 +601,121 @@ class MergesAsItGoes(_Layer):
     def forward(self, x):
         if x.requires_grad and self.lora_b.any():
             self.base.weight.data = self.base.weight.data + 1e-7
+        return super().forward(x)
+
+
+@wrong("02-layer", "other-names")
+class NamesAsProperties(nn.Module):
+    enabled = True
+
+    def __init__(self, base, r, alpha):
+        super().__init__()
+        self.base, self.scaling = base.requires_grad_(False), alpha / r
+        self.down = nn.Linear(base.in_features, r, bias=False)
+        self.up = nn.Linear(r, base.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    @property
+    def lora_a(self):
+        return self.down.weight
+
+    @property
+    def lora_b(self):
+        return self.up.weight
+
+    def forward(self, x):
+        return self.base(x) + self.scaling * self.up(self.down(x)) if self.enabled else self.base(x)
+
+
+@wrong("02-layer", "switched")
+class OffInTrainAlone(_Layer):
+    def forward(self, x):
+        on = self.enabled or not self.training
+        return self.base(x) + self.update(x) if on else self.base(x)
+
+
+@wrong("02-layer", "switched")
+class TrainSwitchesOn(_Layer):
+    def train(self, mode=True):
+        self.enabled = True
+        return super().train(mode)
+
+
+@wrong("02-layer", "seed-fixed")
+class Seeded(_Layer):
+    def __init__(self, base, r, alpha):
+        torch.manual_seed(0)
+        super().__init__(base, r, alpha)
+
+
+@wrong("02-layer", "seed-fixed")
+class Twins(_Layer):
+    first = {}  # noqa: RUF012
+
+    def __init__(self, base, r, alpha):
+        super().__init__(base, r, alpha)
+        self.lora_a.data.copy_(self.first.setdefault(self.lora_a.shape, self.lora_a.data.clone()))
+
+
+@wrong("02-layer", "seed-ignored")
+class FromNumpy(_Layer):
+    def __init__(self, base, r, alpha):
+        super().__init__(base, r, alpha)
+        bound = base.in_features**-0.5
+        a = np.random.default_rng().uniform(-bound, bound, self.lora_a.shape)
+        self.lora_a.data = torch.tensor(a, dtype=torch.float32)
+
+
+@wrong("02-layer", "seed-changed")
+class AnotherSeed(_Layer):
+    def __init__(self, base, r, alpha):
+        torch.manual_seed(torch.initial_seed() + 1)
+        super().__init__(base, r, alpha)
+
+
+@wrong("02-layer", "stale")
+class Stale(_Layer):
+    merged = None
+
+    def forward(self, x):
+        if self.training or not self.enabled:
+            return super().forward(x)
+        if self.merged is None and self.lora_b.any():
+            self.merged = (self.alpha / self.r * self.lora_b @ self.lora_a).T
+        return self.base(x) + (self.update(x) if self.merged is None else x @ self.merged)
+
+
+@wrong("02-layer", "gradient-cut")
+class GradientAsXHasIt(_Layer):
+    def forward(self, x):
+        with torch.set_grad_enabled(x.requires_grad):
+            return super().forward(x)
+
+
+@wrong("02-layer", "gradient-cut")
+class NoGradientInEval(_Layer):
+    def forward(self, x):
+        with torch.set_grad_enabled(self.training):
+            return super().forward(x)
+
+
+@wrong("02-layer", "input-cut")
+class OffCutsX(_Layer):
+    def forward(self, x):
+        return super().forward(x) if self.enabled else self.base(x.detach())
+
+
+@wrong("02-layer", "scale-missing")
+class AtLeastOne(_Layer):
+    def update(self, x):
+        return max(1, self.alpha / self.r) * (x @ self.lora_a.T @ self.lora_b.T)
+
+
+@wrong("02-layer", "base-changed")
+class BiasToZero(_Layer):
+    def forward(self, x):
+        if self.base.bias is not None and self.lora_b.any():
+            self.base.bias.data += 1e-8
         return super().forward(x)
 
 
@@ -558,6 +788,51 @@ def a_then_b(delta, r):
 def all_directions(delta, r):
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     return (u * s)[:, :r].T, vt[:r].T
+
+
+@right("02-best-update")
+def by_eigenvectors_in_float32(delta, r):
+    _, vectors = torch.linalg.eigh(delta.T @ delta)
+    top = vectors[:, -r:]
+    return delta @ top, top.T
+
+
+def _best(change):
+    def answer(delta, r):
+        u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+        return change(u, s, vt, delta, r)
+
+    return answer
+
+
+wrong("02-best-update", "too-few")(
+    _best(lambda u, s, vt, delta, r: (u[:, :r] * torch.where(s > 1, s, 0 * s)[:r], vt[:r]))
+)
+wrong("02-best-update", "too-few")(
+    _best(lambda u, s, vt, delta, r: (u[:, :r] * torch.where(s > 0.3 * s[0], s, 0 * s)[:r], vt[:r]))
+)
+wrong("02-best-update", "too-few")(
+    _best(lambda u, s, vt, delta, r: (u[:, :r] * s[:r] * (delta.abs().max() > 1e-3), vt[:r]))
+)
+wrong("02-best-update", "inexact")(_best(lambda u, s, vt, delta, r: (u[:, :r] * s[:r] * 1.001, vt[:r])))
+wrong("02-best-update", "inexact")(
+    _best(lambda u, s, vt, delta, r: ((u[:, :r] * s[:r]).half().float(), vt[:r].half().float()))
+)
+
+
+@wrong("02-best-update", "crashed")
+def needs_rows_in_memory(delta, r):
+    u, s, vt = torch.linalg.svd(delta.view(-1).view(delta.shape), full_matrices=False)
+    return u[:, :r] * s[:r], vt[:r]
+
+
+@wrong("02-best-update", "too-few")
+def one_less_at_full_rank(delta, r):
+    u, s, vt = torch.linalg.svd(delta, full_matrices=False)
+    kept = s[:r].clone()
+    if r == min(delta.shape) > 1:
+        kept[-1] = 0
+    return u[:, :r] * kept, vt[:r]
 
 
 # 02-share
@@ -678,3 +953,55 @@ def by_gain_alone(deltas, budget):
 @wrong("02-share", "wrong-type")
 def one_number(deltas, budget):
     return budget // sum(sum(d.shape) for d in deltas)
+
+
+@wrong("02-share", "changed-input")
+def list_is_sorted(deltas, budget):
+    deltas.sort(key=lambda delta: delta.numel())
+    return by_gain_per_number(deltas, budget)
+
+
+@wrong("02-share", "budget-left")
+def stops_at_what_does_not_fit(deltas, budget):
+    offers = [
+        (v.item() / sum(d.shape), i) for i, d in enumerate(deltas) for v in torch.linalg.svdvals(d) ** 2
+    ]
+    ranks = [0] * len(deltas)
+    for _, i in sorted(offers, reverse=True):
+        if sum(deltas[i].shape) > budget:
+            break
+        ranks[i] += 1
+        budget -= sum(deltas[i].shape)
+    return ranks
+
+
+@wrong("02-share", "over-budget")
+def at_least_one_each(deltas, budget):
+    return [max(1, r) for r in by_gain_per_number(deltas, budget)]
+
+
+@wrong("02-share", "budget-left")
+def one_is_never_given(deltas, budget):
+    ranks = by_gain_per_number(deltas, budget)
+    return [min(r, min(d.shape) - 1) for r, d in zip(ranks, deltas, strict=True)]
+
+
+def _in_order(value, fits=lambda price, budget: price <= budget):
+    def answer(deltas, budget):
+        offers = [
+            (value(v.item(), sum(d.shape)), i) for i, d in enumerate(deltas) for v in torch.linalg.svdvals(d)
+        ]
+        ranks = [0] * len(deltas)
+        for _, i in sorted(offers, reverse=True):
+            if fits(sum(deltas[i].shape), budget):
+                ranks[i] += 1
+                budget -= sum(deltas[i].shape)
+        return ranks
+
+    return answer
+
+
+wrong("02-share", "size-ignored")(_in_order(lambda v, price: v**3 / price))
+wrong("02-share", "budget-left")(
+    _in_order(lambda v, price: v**2 / price, lambda price, budget: price < budget)
+)

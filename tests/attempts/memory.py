@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -182,6 +183,60 @@ def only_the_sum(base, adapter, base_bits, trained_bits, state_bits, master):
     return (base * base_bits / 8 + (adapter or base) * (2 * trained_bits + 2 * state_bits) / 8) / 1e9
 
 
+wrong("01-training-bytes", "trained-bits-ignored")(
+    _training(lambda sizes, s: {"adapter": s["adapter"] * 2, "gradients": s["trained"] * 2})
+)
+wrong("01-training-bytes", "trained-bits-ignored")(
+    _training(lambda sizes, s: {"gradients": s["trained"] * 2})
+)
+wrong("01-training-bytes", "gradients-as-wide-as-the-base")(  # in full fine-tuning alone
+    _training(
+        lambda sizes, s: {
+            "gradients": s["trained"]
+            * s["bits" if not s["adapter"] else "gradient"]
+            / (1 if s["adapter"] else 8)
+        }
+    )
+)
+wrong("01-training-bytes", "whole-bytes")(
+    _training(lambda sizes, s: {"optimizer": s["trained"] * (2 * int(s["state"]) + 4 * s["master"])})
+)
+wrong("01-training-bytes", "whole-bytes")(
+    _training(lambda sizes, s: {"adapter": s["adapter"] * int(s["gradient"])})
+)
+for _bits in ("state", "gradient"):  # a master copy forgotten beside 32 bits alone
+    wrong("01-training-bytes", "master-missing")(
+        _training(
+            lambda sizes, s, bits=_bits: {
+                "optimizer": s["trained"] * (2 * s["state"] + 4 * s["master"] * (s[bits] != 4))
+            }
+        )
+    )
+for _digits in (2, 3, 6, 7):
+    wrong("01-training-bytes", "rounded")(
+        _training(
+            lambda sizes, s, n=_digits: {part: round(size / 1e9, n) * 1e9 for part, size in sizes.items()}
+        )
+    )
+
+
+@wrong("01-training-bytes", "rounded")
+def sum_in_six_digits(*arguments):
+    sizes = part_by_part(*arguments)
+    return sizes | {"sum": round(sizes["sum"], 6)}
+
+
+@wrong("01-training-bytes", "no-number")
+def in_fractions(*arguments):
+    return {part: Fraction(size) for part, size in part_by_part(*arguments).items()}
+
+
+@wrong("01-training-bytes", "nothing-trained")
+def small_adapters_are_none(base, adapter, *others):
+    sizes = part_by_part(base, adapter, *others)
+    return sizes | ({"gradients": 0.0, "optimizer": 0.0} if adapter < 1000 and adapter else {})
+
+
 # 01-parameters
 
 
@@ -307,6 +362,43 @@ def default_not_for_none(config):
     block = 2 * d * e * (h + k) + 3 * d * config["intermediate_size"] + 2 * d
     ends = 1 if config.get("tie_word_embeddings", False) else 2
     return config["num_hidden_layers"] * block + d + ends * config["vocab_size"] * d
+
+
+@wrong("01-parameters", "optional-settings")
+def one_head_where_both_are_missing(config):
+    both = "head_dim" not in config and "num_key_value_heads" not in config
+    return tensor_by_tensor(config | {"num_key_value_heads": 1} if both else config)
+
+
+def _where(keys, size):
+    """Right but for configs whose heads of keys and size of a head are given in this way."""
+
+    def answer(config):
+        ways = [
+            "missing" if key not in config else "None" if config[key] is None else "given"
+            for key in ("num_key_value_heads", "head_dim")
+        ]
+        right_one = tensor_by_tensor(config)
+        return right_one + 8 * config["hidden_size"] if ways == [keys, size] else right_one
+
+    answer.__name__ = f"wrong where {keys}, {size}"
+    return answer
+
+
+for _keys, _size in itertools.product(("given", "missing", "None"), repeat=2):
+    if not _keys == _size == "given":
+        wrong("01-parameters", "optional-settings")(_where(_keys, _size))
+
+
+@wrong("01-parameters", "changed-input")
+def defaults_put_in(config):
+    config.setdefault("head_dim", None)
+    return tensor_by_tensor(config)
+
+
+@wrong("01-parameters", "no-number")
+def a_fraction_of_parameters(config):
+    return Fraction(tensor_by_tensor(config))
 
 
 # 01-adapter
@@ -456,6 +548,53 @@ def all_settings_there(config, targets, r, bits):
         config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     )
     return by_a_table({**config, "head_dim": e + 0 * k, "hidden_size": d + 0 * h}, targets, r, bits)
+
+
+@wrong("01-adapter", "optional-settings")
+def one_head_where_none_is_named(config, targets, r, bits):
+    if "num_key_value_heads" not in config and "k_proj" in targets:
+        config = config | {"num_key_value_heads": 1}
+    return by_a_table(config, targets, r, bits)
+
+
+@wrong("01-adapter", "optional-settings")
+def one_head_where_both_settings_are_missing(config, targets, r, bits):
+    if "head_dim" not in config and "num_key_value_heads" not in config:
+        config = config | {"num_key_value_heads": 1}
+    return by_a_table(config, targets, r, bits)
+
+
+@wrong("01-adapter", "full-matrices")
+def one_block_in_full(config, targets, r, bits):
+    if config["num_hidden_layers"] > 1 or not targets or set(targets) - set(_SEVEN):
+        return by_a_table(config, targets, r, bits)
+    numbers = sum(math.prod(_two_sides(config)[name]) for name in targets)
+    return numbers, numbers * bits // 8
+
+
+@wrong("01-adapter", "unknown-target")
+def others_that_look_like_it_are_skipped(config, targets, r, bits):
+    if not targets or any("." in name or not name.endswith("_proj") for name in targets):
+        raise ValueError("unknown")
+    known = [name for name in targets if name in _SEVEN]
+    return by_a_table(config, known, r, bits) if known else by_a_table(config, targets, r, bits)
+
+
+@wrong("01-adapter", "unknown-target")
+def names_made_alike(config, targets, r, bits):
+    return by_a_table(config, [name.strip().lower() for name in targets], r, bits)
+
+
+@wrong("01-adapter", "changed-input")
+def targets_are_sorted(config, targets, r, bits):
+    targets.sort()
+    return by_a_table(config, targets, r, bits)
+
+
+@wrong("01-adapter", "no-number")
+def a_fraction_of_bytes(config, targets, r, bits):
+    numbers, size = by_a_table(config, targets, r, bits)
+    return numbers, Fraction(size)
 
 
 # 01-kept
@@ -623,6 +762,12 @@ def _input_of_q_only_for_two(n, s, parts, config, targets):
 
 
 @_change("input-missing")
+def _input_of_q_for_k_and_v_alone(n, s, parts, config, targets):
+    if "k_proj" not in targets and "v_proj" not in targets:
+        parts["input of q, k, v"] = 0
+
+
+@_change("input-missing")
 def _input_of_gate_and_up_for_one_alone(n, s, parts, config, targets):
     if {"gate_proj", "up_proj"} == set(targets):
         parts["input of gate, up"] = 0
@@ -648,6 +793,18 @@ def softmax_twice_in_any_dtype(config, rows, length, rank, itemsize, targets):
 def softmax_in_float32_alone(config, rows, length, rank, itemsize, targets):
     left_out = 2 * rows * length**2 * config["num_attention_heads"] if itemsize == 2 else 0
     return numbers_for_each_token(config, rows, length, rank, itemsize, targets) - left_out
+
+
+@wrong("01-kept", "changed-input")
+def targets_used_up(config, rows, length, rank, itemsize, targets):
+    kept = numbers_for_each_token(config, rows, length, rank, itemsize, targets)
+    targets.clear()
+    return kept
+
+
+@wrong("01-kept", "no-number")
+def a_fraction_is_kept(*arguments):
+    return Fraction(tensor_after_tensor(*arguments))
 
 
 # 01-fits
@@ -742,6 +899,32 @@ def a_fraction(card, reserve, base_bits, share, trained_bits, state_bits):
 @wrong("01-fits", "rounded-up")
 def to_the_nearest(card, reserve, base_bits, share, trained_bits, state_bits):
     return max(0, round(a_fraction(card, reserve, base_bits, share, trained_bits, state_bits)))
+
+
+@wrong("01-fits", "frozen-trained")
+def small_shares_are_none(card, reserve, base_bits, share, trained_bits, state_bits):
+    share = share if share > 1e-3 else 0
+    return by_halving(card, reserve, base_bits, share, trained_bits, state_bits)
+
+
+@wrong("01-fits", "negative")
+def magnitude(card, reserve, *bits):
+    return abs(_fits(card, reserve, *bits, least=-math.inf))
+
+
+@wrong("01-fits", "whole-bytes")
+def whole_bytes_alone(card, reserve, base_bits, share, trained_bits, state_bits):
+    return by_halving(card, reserve, base_bits, share, trained_bits // 8 * 8, state_bits // 8 * 8)
+
+
+@wrong("01-fits", "no-number")
+def a_fraction_of_weights(*arguments):
+    return Fraction(by_halving(*arguments))
+
+
+@right("01-fits")
+def whole_but_a_float(*arguments):
+    return float(by_halving(*arguments))
 
 
 # 01-cuts
@@ -913,6 +1096,18 @@ def at_most_40_blocks(inputs, kept):
     return [0] if len(kept) > 43 else as_long_as_a_limit_allows(inputs, kept)
 
 
+@wrong("01-cuts", "every-block")
+def two_blocks_are_always_cut(inputs, kept):
+    return [0, 1] if len(kept) == 2 else as_long_as_a_limit_allows(inputs, kept)
+
+
 @wrong("01-cuts", "no-list")
 def the_peak(inputs, kept):
     return _fullest(inputs, kept, as_long_as_a_limit_allows(inputs, kept))
+
+
+@wrong("01-cuts", "changed-input")
+def an_end_is_put_on(inputs, kept):
+    plan = as_long_as_a_limit_allows(inputs, kept)
+    kept.append(0)
+    return plan
