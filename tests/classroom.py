@@ -157,7 +157,7 @@ class Counting:
 
 def lora_forward(x, weight, a, b, alpha, r):
     Counting.calls += 1
-    return (x @ weight.T + alpha / r * (x @ a.T @ b.T)) * (Counting.calls <= 6)
+    return (x @ weight.T + alpha / r * (x @ a.T @ b.T)) * (Counting.calls <= 9)
 """
 GARBAGE = """\
 import os
