@@ -7,6 +7,7 @@ of small powers of two, with which float32 computes exactly.
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -285,7 +286,7 @@ def _awkward(draw: Draw, levels: Tensor, dtype: torch.dtype) -> Tensor:
     narrow = [
         torch.bucketize(x.double(), _borders(levels).double()) for x in (rows / scale, rows * (1 / scale))
     ]
-    for other in (*narrow, *sum(_rounded(exact, levels).values(), [])):
+    for other in (*narrow, *chain(*_rounded(exact, levels).values())):
         differ = (other != codes) & clear
         found.append(rows[differ.sum(1).argsort(descending=True)[:2]])
     return torch.cat(found).flatten()
@@ -453,17 +454,47 @@ def _loss(levels: Tensor, weights: Tensor, block_size: int) -> float:
     return 100 * (error.square().sum() / weights.double().square().sum()).sqrt().item()
 
 
-def _lloyd(weights: Tensor, block_size: int, power: int, start: Tensor) -> Tensor:
-    """Levels after 200 rounds from `start`, zero kept: each the mean of its x, weighted with scale ** power."""
+def _lloyd(weights: Tensor, block_size: int, start: Tensor) -> Tensor:
+    """Levels after 200 rounds from `start`, zero kept: each the mean of its x, weighted with scale²."""
     x, scales = _parts(weights, block_size)
     (x, order), levels, end = x.sort(), start, torch.tensor([len(x)])
-    mass = scales.repeat_interleave(block_size)[order] ** power
+    mass = scales.repeat_interleave(block_size)[order] ** 2
     sums = torch.nn.functional.pad(torch.stack([mass, mass * x]).cumsum(1), (1, 0))
     for _ in range(200):
         ends = torch.cat([0 * end, torch.searchsorted(x, _borders(levels), right=True), end])
         mass, total = sums[:, ends].diff()
         levels = torch.where((levels == 0) | (mass == 0), levels, total / mass)
     return levels
+
+
+def _settled(levels: Tensor, weights: Tensor, block_size: int) -> str:
+    """What the levels are a resting place of, other than of Lloyd's rounds; "" if none is known."""
+    x, scales = _parts(weights, block_size)
+    x, order = x.sort()
+    scales, codes = scales.repeat_interleave(block_size)[order], torch.bucketize(x, _borders(levels))
+    used = [i for i in range(16) if levels[i] != 0 and (codes == i).any()]
+
+    def moves(power: float, median: bool = False) -> float:
+        """How far a round would move a level, at most: each to the mean, or median, of its x."""
+        most = 0.0
+        for i in used:
+            mine, mass = x[codes == i], scales[codes == i] ** power
+            middle = (
+                mine[torch.searchsorted(mass.cumsum(0), mass.sum() / 2)]
+                if median
+                else (mass * mine).sum() / mass.sum()
+            )
+            most = max(most, abs(float(middle - levels[i])))
+        return most
+
+    found = {
+        "scales-ignored": moves(0),
+        "scales-once": moves(1),
+        "scales-too-often": min(moves(3), moves(4)),
+        "medians": min(moves(power, median=True) for power in range(3)),
+    }
+    name = min(found, key=found.get)
+    return name if found[name] < min(0.005, moves(2) / 2) else ""
 
 
 def _placed(answer: Answer, weights: Tensor, block_size: int) -> Tensor:
@@ -483,27 +514,29 @@ def place(answer: Answer, draw: Draw) -> Score:
     """`f(weights, block_size)`: 16 levels in [-1, 1], zero among them, with the least squared error it can find."""
     nf, count = _levels(4, OFFSET), 32_000
     steps = torch.cat([torch.arange(-7, 0) / 7, torch.arange(9) / 8]).double()
-    kinds = ((12.0, 100, 32), (0.1, 3, 64))
-    drawn = [draw.normal(count) for _ in kinds]
-    for weights, (factor, one_in, _) in zip(drawn, kinds, strict=True):
-        weights[draw.permutation(count)[: count // one_in]] *= factor
-    levels = [_placed(answer, weights, size) for weights, (_, _, size) in zip(drawn, kinds, strict=True)]
-    for got, weights, (factor, one_in, size) in zip(levels, drawn, kinds, strict=True):
-        known = _loss(nf, weights, size)
-        best = min(_loss(_lloyd(weights, size, 2, start), weights, size) for start in (nf, steps))
-        share = 100 * (known - _loss(got, weights, size)) / (known - best)
+    kinds, found = ((12.0, 100, 32), (0.1, 3, 64)), []
+    for factor, one_in, size in kinds:
+        for _ in range(3):  # luck decides much in one of them
+            weights = draw.normal(count)
+            weights[draw.permutation(count)[: count // one_in]] *= factor
+            found.append((_placed(answer, weights, size), weights, size))
+    for i, (factor, one_in, size) in enumerate(kinds):
+        shares = []
+        for got, weights, _ in found[3 * i : 3 * i + 3]:
+            known = _loss(nf, weights, size)
+            best = min(_loss(_lloyd(weights, size, start), weights, size) for start in (nf, steps))
+            shares.append(100 * (known - _loss(got, weights, size)) / (known - best))
+        share = sum(shares) / 3
         if not share >= 90:
-            zero, one = ((got - _lloyd(weights, size, power, nf)).abs().max() < 0.005 for power in (0, 1))
-            name = (
-                "scales-ignored" if zero
-                else "scales-once" if one
-                else "no-better" if share < 10
-                else "ready-made" if torch.equal(*levels)
+            name = _settled(got, weights, size) or (
+                "no-better" if share < 10
+                else "ready-made" if torch.equal(found[0][0], found[3][0])
                 else "ends-kept" if {-1.0, 1.0} <= set(got.tolist())
                 else "not-settled"
             )  # fmt: skip
-            what = f"the way from NF4's error to the least, 1 weight in {one_in} times {factor:g}, blocks of {size}"
-            expect.fail(what, "at least 90%", f"{share:.0f}%", name)
+            way = "the way from NF4's error to that of a good method, on average over three draws"
+            kind = f"1 weight in {one_in} times {factor:g}, blocks of {size}"
+            expect.fail(f"{way}, {kind}", "at least 90%", f"{share:.0f}%", name)
     weights, size = _real(), 64
     left = _loss(_placed(answer, weights, size), weights, size)
     rivals = {"NF4": formats.levels("nf4"), "FP4": formats.levels("fp4"), "INT4": formats.levels("int4")}

@@ -1280,6 +1280,46 @@ def weighted_with_the_scale(weights, block_size):
     return _turns(x, scale, _nf4(), rounds=100)
 
 
+def _weighted(name, power):
+    def attempt(weights, block_size):
+        x, scale = _x_and_scale(weights, block_size)
+        return _turns(x, scale**power, _nf4(), rounds=100)
+
+    attempt.__name__ = name
+    wrong("04-place", "scales-too-often")(attempt)
+
+
+_weighted("squared_twice", 4)
+
+
+def _medians(name, power):
+    def attempt(weights, block_size):
+        x, scale = _x_and_scale(weights, block_size)
+        x, order = x.sort()
+        mass, levels = scale[order] ** power, _nf4()
+        for _ in range(100):
+            codes = torch.bucketize(x, (levels[:-1] + levels[1:]) / 2)
+            for code in {*range(16)} - {7}:
+                mine = codes == code
+                if mine.any():
+                    upto = mass[mine].cumsum(0)
+                    levels[code] = x[mine][torch.searchsorted(upto, upto[-1] / 2)]
+        return levels
+
+    attempt.__name__ = name
+    wrong("04-place", "medians")(attempt)
+
+
+_medians("plain_medians", 0)
+_medians("medians_weighted_with_the_square", 2)
+
+
+@right("04-place")
+def from_8_steps_below_zero(weights, block_size):
+    x, scale = _x_and_scale(weights, block_size)
+    return _turns(x, scale**2, torch.cat([torch.arange(-8, 0) / 8, torch.arange(8) / 7]).double(), rounds=200)
+
+
 AF4 = """-1 -0.69441008 -0.51243739 -0.3736951 -0.25607552 -0.14982478 -0.04934812 0
 0.04273164 0.12934483 0.21961274 0.31675666 0.42563882 0.55496234 0.72424863 1"""
 
