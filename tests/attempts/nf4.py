@@ -1317,7 +1317,7 @@ _medians("medians_weighted_with_the_square", 2)
 @right("04-place")
 def from_8_steps_below_zero(weights, block_size):
     x, scale = _x_and_scale(weights, block_size)
-    return _turns(x, scale**2, torch.cat([torch.arange(-8, 0) / 8, torch.arange(8) / 7]).double(), rounds=200)
+    return _turns(x, scale**2, torch.cat([torch.arange(-8, 0) / 8, torch.arange(8) / 7]).double(), rounds=100)
 
 
 AF4 = """-1 -0.69441008 -0.51243739 -0.3736951 -0.25607552 -0.14982478 -0.04934812 0
