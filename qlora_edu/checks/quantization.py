@@ -627,9 +627,9 @@ def _missed(stored: dict, weight: Tensor, ratio: float) -> str:
         spans = torch.stack([2 * piece.abs().max() for piece in pieces])
     else:
         spans = torch.stack([piece.max() - piece.min() for piece in pieces])
-    wide = stored["scales"].double() * (levels.max() - levels.min()) > 1.5 * spans
-    # Most of the blocks of which a weight is apart span much more than what is left in them.
-    if wide[blocks[positions].unique()].double().mean() > 0.5:
+    wide = stored["scales"].double() * (levels.max() - levels.min()) > 1.3 * spans
+    # Many of the blocks of which a weight is apart span much more than what is left in them.
+    if wide[blocks[positions].unique()].double().mean() > 0.3:
         return "step-of-outliers"
     return "almost" if ratio < 1.7 else "outliers-wrong"
 
