@@ -7,6 +7,7 @@ of small powers of two, with which float32 computes exactly.
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from qlora_edu import formats, lloyd
 from qlora_edu.checks import expect
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, Score, exercise
+from qlora_edu.checks.quantization import Calls, cut
 
 OFFSET = 0.9677083  # NF4's
 LEAST = 8.852947  # % that is left with the best levels for `_real`, by a table over all x in ascending order
@@ -75,11 +77,13 @@ def codebook(answer: Answer, draw: Draw) -> None:
     """`f(bits, offset)`: the NormalFloat levels, ascending, float32 (2**bits,)."""
     # 4 bits twice: for another offset there are other levels. The last two are near the limits, and allowed.
     cases = [(4, OFFSET), (2, 0.9), (3, draw.number(0.8, 0.95)), (4, draw.number(0.8, 0.95))]
-    cases += [(5, draw.number(0.97, 0.999)), (8, draw.number(0.9, 0.99)), (draw.choice([6, 7]), 0.95)]
+    cases += [(5, draw.number(0.97, 0.999)), (6, 0.95), (7, 0.95), (8, draw.number(0.9, 0.99))]
     limits = [(4, draw.number(0.501, 0.51)), (3, draw.number(0.9998, 0.9999))]
+    calls = Calls()
     for bits, offset in cases + limits:
         case, count = f"for bits = {bits}, offset = {offset:.7g}", 2**bits
         got = answer(bits, offset, crash="offset-refused" if (bits, offset) in limits else None)
+        calls.add(got, case, right="")  # the same levels again are no sign of a memory
         _tensor(got, f"the levels, {case}")
         if isinstance(got, Tensor) and got.ndim == 1 and len(got):
             what, zeros = f"the levels that are zero, {case}", int((got == 0).sum())
@@ -131,16 +135,32 @@ def nearest(answer: Answer, draw: Draw) -> None:
         ((2 * between + 1) / 1024, coarse, "for x of shape (80,), 16 levels")
     )  # no border among them
     cases.append((close, nf, "for x close to a border"))
+    # Pairs of levels 2^-16 apart, and numbers beside their borders: float32 has all of them, and their distances.
+    low = (draw.permutation(8) * 2 + draw.integers(8, low=16, high=17)).sort().values / 32
+    low = torch.where(draw.permutation(8) < 4, low, -low).sort().values
+    pairs = torch.stack([low, low + 2**-16], dim=1).flatten()
+    beside = (_borders(pairs)[::2, None] + torch.tensor([-(2**-20), -(2**-24), 2**-24, 2**-20])).flatten()
     wide, many = (draw.whole(2, 9), draw.whole(10, 20)), draw.whole(20, 255)
-    shapes = [((61,), 16), ((7, 9), 5), ((1,), 3), ((13, 4), 3), ((2, 3, 5), 2), ((300,), 256), (wide, many)]
+    shapes = [
+        ((61,), 16),
+        ((7, 9), 5),
+        ((7, 9), 5),
+        ((1,), 3),
+        ((13, 4), 3),
+        ((2, 3, 5), 2),
+        ((300,), 256),
+        (wide, many),
+    ]
     for shape, count in [*shapes, ((), 4), ((0, 3), 5)]:
         # Multiples of 1/256 and 1/512: borders, distances and their squares are exact in float32, and ties abound.
         levels = draw.permutation(513)[:count].sort().values / 256 - 1
         x = draw.integers(math.prod(shape), low=-512, high=512) / 512
-        x[::3] = _borders(levels)[draw.integers(len(x[::3]), low=0, high=count - 2)]
+        # Of a single number neither the first nor the last code is right.
+        x[::3] = _borders(levels)[draw.integers(len(x[::3]), low=int(len(x) == 1), high=count - 2)]
         x[1:4] = torch.tensor([-1.0, 1.0, -0.0])[: len(x[1:4])]
         cases.append((x.view(shape), levels, f"for x of shape {shape}, {count} levels"))
-    zero = _split(draw)
+    cases.append((beside, pairs, "for x close to a border, some levels close together"))
+    zero, calls = _split(draw), Calls()
     x = torch.cat([torch.tensor([0.0, -0.0, 0.5, -0.5, 1, -1]), (2 * between[:30] + 1) / 1024])
     cases.append((x, zero, "for x = 0 halfway between two levels"))
     turned = (draw.integers(6, 11, low=-512, high=512) / 512).T
@@ -150,6 +170,7 @@ def nearest(answer: Answer, draw: Draw) -> None:
         got = answer(x, levels, crash=None if x.is_contiguous() else "not-contiguous")
         if x.ndim == 0 and isinstance(got, int) and not isinstance(got, bool) and 0 <= got <= top:
             got = torch.tensor(got, dtype=torch.uint8)  # a NumPy scalar
+        calls.add(got, case, right)
         _tensor(got, f"the codes, {case}")
         wrong = {
             "level-above": torch.searchsorted(levels, x.contiguous()).clamp(max=top),
@@ -168,7 +189,7 @@ def nearest(answer: Answer, draw: Draw) -> None:
             if x is cases[0][0]:
                 small, few = x.bfloat16()[:, None], levels.bfloat16()
                 wrong["not-exact"] = [(small - few).abs().argmin(-1), _codes(small[:, 0], few)]
-            elif x is close:  # the neighbour's code, and not at all of them
+            elif x is close or x is beside:  # the neighbour's code, and not at all of them
                 wrong = {"not-exact": torch.where((got.long() - right).abs() == 1, got, right)}
             else:  # the upper one of two, at some ties or at all
                 wrong["tie-upper"] = torch.where(got == upper, upper, right)
@@ -206,7 +227,15 @@ def _same_bytes(got, right: Tensor, what: str, looks_like: Mapping) -> None:
 def pack(answer: Answer, draw: Draw) -> None:
     """`f(codes, filler)`: two codes to a byte, the first in the high nibble, uint8 (ceil(n / 2),)."""
     odds = [(7, draw.whole(1, 14)), (1, 15), (3, 0), (2 * draw.whole(40, 150) + 1, draw.whole(0, 15))]
-    for n, filler in [(6, 9), *odds, (2, 15), (2 * draw.whole(2, 30), 0), (2 * draw.whole(40, 150), 3)]:
+    calls = Calls()
+    for n, filler in [
+        (6, 9),
+        (6, 9),
+        *odds,
+        (2, 15),
+        (2 * draw.whole(2, 30), 0),
+        (2 * draw.whole(40, 150), 3),
+    ]:
         codes, odd = draw.integers(n, low=0, high=15), n % 2
         codes[0] = draw.whole(8, 15)  # the highest bit of the byte
         codes[-1] = draw.choice({*range(8, 16)} - {filler})
@@ -216,7 +245,7 @@ def pack(answer: Answer, draw: Draw) -> None:
             "nibbles-swapped": first + 16 * second,
             "halves": 16 * full[: len(right)] + full[len(right) :],
             "not-shifted": [first + second, first | second, 10 * first + second, 15 * first + second],
-            "one-each": [codes, 16 * codes],
+            "one-each": [codes, 16 * codes] if n > 1 else [],
         }
         if odd:
             last = [torch.cat([right[:-1], end]) for end in (first[-1:] + 16 * filler, codes[-1:])]
@@ -224,7 +253,8 @@ def pack(answer: Answer, draw: Draw) -> None:
             wrong["filler-first"] = [_packed(torch.cat([full[n:], codes]), 0), last[0]]
             wrong["filler-ignored"] = [*(_packed(codes, other) for other in range(16)), last[1]]
         what = f"the bytes, for n = {n}" + f", filler = {filler}" * odd
-        _same_bytes(_tensor(answer(codes.to(torch.uint8), filler), what), right, what, wrong)
+        got = _tensor(answer(codes.to(torch.uint8), filler), what)
+        _same_bytes(calls.add(got, what.removeprefix("the bytes, "), right), right, what, wrong)
 
 
 def _parts(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -234,15 +264,33 @@ def _parts(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return torch.cat([b / s if s else b for b, s in zip(blocks, scales, strict=True)]), torch.stack(scales)
 
 
+def _rounded(x: Tensor, levels: Tensor) -> dict[str, list[Tensor]]:
+    """The codes if x, or the levels, or the borders between them are rounded to 16 bits."""
+    narrow = torch.half, torch.bfloat16
+    borders = [_borders(levels), *(_borders(levels.to(dtype).double()) for dtype in narrow)]
+    borders += [_borders(levels).to(dtype) for dtype in narrow]
+    quotients = [torch.bucketize(x.to(dtype).double(), borders[0].double()) for dtype in narrow]
+    others = [torch.bucketize(x.double(), b.double()) for b in borders[1:]]
+    return {"divided-in-16-bits": quotients, "levels-in-16-bits": others}
+
+
 def _awkward(draw: Draw, levels: Tensor, dtype: torch.dtype) -> Tensor:
-    """6 blocks of 64 weights of 16 bits. If w / scale or w · (1 / scale) is rounded to 16 bits, some codes change."""
+    """Pairs of weights, many codes of which change if anything that they depend on is rounded to 16 bits."""
     rows = draw.normal(800, 64, dtype=dtype)
-    scale = rows.abs().amax(dim=1, keepdim=True)
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    scale = largest.abs()
     exact = rows.double() / scale.double()
-    clear = ((exact[..., None] - _borders(levels)).abs() > 1e-5).all(-1)  # no float32 could mistake them
-    narrow = rows / scale, rows * (1 / scale), exact.half()
-    differ = [(_codes(x, levels) != _codes(exact, levels)) & clear for x in narrow]
-    return torch.cat([rows[d.sum(1).argsort(descending=True)[:2]] for d in differ]).flatten()
+    codes, found = torch.bucketize(exact, _borders(levels).double()), []
+    clear = torch.ones_like(exact, dtype=torch.bool)  # float32 does not mistake them
+    for border in _borders(levels).double():
+        clear &= (exact - border).abs() > 1e-5
+    narrow = [
+        torch.bucketize(x.double(), _borders(levels).double()) for x in (rows / scale, rows * (1 / scale))
+    ]
+    for other in (*narrow, *chain(*_rounded(exact, levels).values())):
+        differ = (other != codes) & clear
+        found.append(torch.stack([largest.expand_as(rows)[differ], rows[differ]], dim=1)[:16])
+    return torch.cat(found).flatten()
 
 
 @exercise("04-quantize")
@@ -255,24 +303,41 @@ def quantize(answer: Answer, draw: Draw) -> None:
     low = draw.permutation(140)[:16].sort().values / 128 - 1  # few levels above zero
     zeros, split = draw.normal(4, 24), _split(draw)
     zeros[1, 8:], zeros[2] = 0, 0
+    easy = draw.normal(300, 32, dtype=torch.float16)
+    x = easy.double() / easy.double().abs().amax(dim=1, keepdim=True)
+    distance = (x[..., None] - _borders(nf)).abs().amin((1, 2))
+    easy = easy[distance.argsort(descending=True)[:2]]  # no x is near to a border
+    pruned = draw.normal(6, 8)
+    pruned[:, 3:6] = 0
+    calls = Calls()
     # Down to where 1 / scale is still a float32 number.
     tiny = draw.normal(8, 64) * 10.0 ** -torch.tensor([0, 4, 6, 7, 9, 12, 20, 33])[:, None]
     for name, weight, levels, size in (
-        ("one block", draw.normal(32, dtype=torch.float16), nf, 32),
+        ("one block", easy[0], nf, 32),
+        ("one block", easy[1], nf, 32),
+        ("bfloat16 weights", _awkward(draw, nf, torch.bfloat16), nf, 2),
+        ("float16 weights", _awkward(draw, nf, torch.float16), nf, 2),
+        ("float32 weights", _awkward(draw, nf, torch.float32), nf, 2),
         ("whole blocks, some of tiny weights", tiny, nf, 64),
         ("a short last block", draw.normal(5, 14), nf, 32),
         ("an odd number of weights", draw.normal(7, 11), nf, 16),
         ("one weight", draw.normal(1) - 5, low, 64),
         ("ties", ties, dyadic, 16),
         ("blocks of zeros", zeros, nf, 16),
-        ("bfloat16 weights", _awkward(draw, nf, torch.bfloat16), nf, 64),
-        ("float16 weights", _awkward(draw, nf, torch.float16), nf, 64),
         ("a transposed matrix", draw.normal(6, 20).T, nf, 8),
         ("a last block of zeros", torch.cat([draw.normal(8), torch.zeros(3)]), low, 8),
         ("zero halfway between two levels", torch.cat([draw.normal(8), torch.zeros(3)]), split, 8),
         ("three dimensions", draw.normal(4, draw.whole(2, 5), 6), nf, 12),
         ("any size of blocks", draw.normal(draw.whole(2, 9), draw.whole(2, 40)), nf, 2 * draw.whole(1, 30)),
         ("no dimension", draw.normal() - 5, nf, 2),
+        ("an odd number, transposed", draw.normal(9, 7).T, nf, 16),
+        ("blocks of zeros in bfloat16", zeros.bfloat16(), low, 16),
+        ("blocks of zeros in float16, transposed", pruned.half().T, low, 6),
+        ("an odd number in bfloat16", draw.normal(7, 5, dtype=torch.bfloat16), low, 8),
+        ("an odd number in float16", draw.normal(9, dtype=torch.float16), nf, 4),
+        ("nothing but zeros", torch.zeros(3, 7), low, 4),
+        ("a single zero", torch.zeros(()), low, 2),
+        ("large weights", 1e15 * draw.normal(4, 10), nf, 8),
     ):
         case = f"{name}: shape {tuple(weight.shape)}, blocks of {size}"
         n, (x, right), width = weight.numel(), _parts(weight, size), ([1, *weight.shape])[-1]
@@ -282,7 +347,7 @@ def quantize(answer: Answer, draw: Draw) -> None:
         pair = isinstance(got, tuple | list) and len(got) == 2
         came = f"{len(got)} values" if isinstance(got, tuple | list) else type(got).__name__
         expect.true(pair or got is None, f"the result, {case}", "no-pair", "2 values", came)
-        packed, scales = expect.parts(got, "the result", 2)
+        packed, scales = calls.add(expect.parts(got, "the result", 2), case)
         shapes = {(n // size,): "tail", (): "one-scale", (1,): "one-scale"}
         shapes |= {(n // width * -(-width // size),): "blocks-by-row"} if width % size else {}
         expect.tensor(scales, f"the scales, {case}", (blocks,), torch.float32, shape_mistakes=shapes)
@@ -306,12 +371,19 @@ def quantize(answer: Answer, draw: Draw) -> None:
         narrow, right = each.to(flat.dtype), _packed(codes, none)
         if torch.equal(packed, right):
             continue
-        rounded = [flat / narrow, flat * (1 / narrow), (flat / each).half(), (flat / each).bfloat16()]
+        rounded = _rounded(x, levels)
+        rounded["divided-in-16-bits"] += [
+            _codes(q.nan_to_num(), levels) for q in (flat / narrow, flat * (1 / narrow))
+        ]
+        # The one that fits almost everywhere: where float32 rounds too, it may be off by one.
+        off = {mistake: min(int((got != c).sum()) for c in codes) for mistake, codes in rounded.items()}
+        nearest, differ = min(off, key=off.get), int((got != codes).sum())
+        like = packed if off[nearest] < differ / 8 else right
         upper, last = _codes(x, levels, upper=True), int(_codes(torch.zeros(1), levels, upper=True))
         wrong = {
             "tie-upper": [_packed(c, end) for c in (upper, codes) for end in (none, last)],
             "not-divided": _packed(_codes(flat, levels), none),
-            "divided-in-16-bits": [_packed(_codes(x.nan_to_num(), levels), none) for x in rounded],
+            nearest: like,
             "zero-block": _packed(torch.where(each == 0, got, codes), none),
         }
         kept = [f(each, least) for least in limits for f in (torch.add, torch.clamp)]
@@ -321,27 +393,30 @@ def quantize(answer: Answer, draw: Draw) -> None:
         _same_bytes(packed, right, f"the bytes, {case}", wrong)
 
 
-def _cut(x: Tensor) -> Tensor:
-    """float32 without its lower 16 bits: bfloat16, not rounded."""
-    return (x.float().view(torch.int32) & -65536).view(torch.float32)
-
-
 @exercise("04-dequantize")
 def dequantize(answer: Answer, draw: Draw) -> None:
     """`f(packed, scales, levels, block_size, shape, dtype)`: level times scale, rounded once more to the dtype."""
     full, brain, half = torch.float32, torch.bfloat16, torch.float16
-    # The first three show one bug of the exercise each.
-    cases = [((8, 8), 64, full), ((5, 12), 20, full), ((24, 16), 32, brain), ((24, 16), 32, half)]
+    # The first ones show one bug of the exercise each.
+    cases = [
+        ((8, 8), 64, full),
+        ((8, 8), 64, full),
+        ((5, 12), 20, full),
+        ((24, 16), 32, brain),
+        ((24, 16), 32, half),
+    ]
     cases += [
         ((3, 14), 16, full),
         ((5, 7), 8, full),
         ((1,), 32, brain),
         ((), 2, half),
         ((3, 11, 3), 16, half),
+        ((6, 7), 7, full),
+        ((25,), 3, brain),
+        ((3, 5), 1, half),
     ]
-    cases += [
-        ((draw.whole(2, 9), draw.whole(2, 40)), 2 * draw.whole(1, 20), draw.choice([full, brain, half]))
-    ]
+    calls = Calls()
+    cases += [((draw.whole(2, 9), draw.whole(2, 40)), draw.whole(1, 40), draw.choice([full, brain, half]))]
     for shape, size, dtype in cases:
         n = math.prod(shape)
         levels, scales = draw.uniform(16, low=-1), draw.uniform(-(-n // size), low=0.5, high=3)
@@ -357,14 +432,14 @@ def dequantize(answer: Answer, draw: Draw) -> None:
             "halves": [levels[halves[:n]] * spread],
             "scales-in-turn": [values * scales[which % len(scales)]],
             "rounded-early": [narrow[0] * narrow[1], narrow[0] * spread, values * narrow[1]],
-            "rounded-otherwise": [exact.bfloat16(), exact.half(), _cut(exact)],
+            "rounded-otherwise": [exact.bfloat16(), exact.half(), cut(exact)],
             "scale-missing": [values],
             "scale-divided": [values / spread],
         }
         case = f"for shape {shape}, blocks of {size}, {str(dtype).removeprefix('torch.')}"
         crash = "filler-kept" if n % 2 else "tail" if n % size else None
         # The last low nibble of an odd number may be anything.
-        got = answer(_packed(codes, 0), scales, levels, size, shape, dtype, crash=crash)
+        got = calls.add(answer(_packed(codes, 0), scales, levels, size, shape, dtype, crash=crash), case)
         _tensor(got, f"the weights, {case}")
         shapes = {(n,): "shape-lost", (n + 1,): "filler-kept"}
         got = expect.tensor(got, f"the weights, {case}", shape, dtype, shape_mistakes=shapes)
@@ -381,17 +456,45 @@ def _loss(levels: Tensor, weights: Tensor, block_size: int) -> float:
     return 100 * (error.square().sum() / weights.double().square().sum()).sqrt().item()
 
 
-def _lloyd(weights: Tensor, block_size: int, power: int, start: Tensor) -> Tensor:
-    """Levels after 200 rounds from `start`, zero kept: each the mean of its x, weighted with scale ** power."""
+def _lloyd(weights: Tensor, block_size: int, start: Tensor) -> Tensor:
+    """Levels after 200 rounds from `start`, zero kept: each the mean of its x, weighted with scale²."""
     x, scales = _parts(weights, block_size)
     (x, order), levels, end = x.sort(), start, torch.tensor([len(x)])
-    mass = scales.repeat_interleave(block_size)[order] ** power
+    mass = scales.repeat_interleave(block_size)[order] ** 2
     sums = torch.nn.functional.pad(torch.stack([mass, mass * x]).cumsum(1), (1, 0))
     for _ in range(200):
         ends = torch.cat([0 * end, torch.searchsorted(x, _borders(levels), right=True), end])
         mass, total = sums[:, ends].diff()
         levels = torch.where((levels == 0) | (mass == 0), levels, total / mass)
     return levels
+
+
+def _settled(levels: Tensor, weights: Tensor, block_size: int) -> str:
+    """What the levels are a resting place of, other than of Lloyd's rounds; "" if none is known."""
+    x, scales = _parts(weights, block_size)
+    x, order = x.sort()
+    scales, codes = scales.repeat_interleave(block_size)[order], torch.bucketize(x, _borders(levels))
+    used = [i for i in range(16) if levels[i] != 0 and (codes == i).any()]
+
+    def centre(i: int, power: float, median: bool) -> Tensor:
+        mine, mass = x[codes == i], scales[codes == i] ** power
+        if median:
+            return mine[torch.searchsorted(mass.cumsum(0), mass.sum() / 2)]
+        return (mass * mine).sum() / mass.sum()
+
+    def moves(power: float, median: bool = False) -> float:
+        """How far a round would move a level, at most."""
+        return max((float((centre(i, power, median) - levels[i]).abs()) for i in used), default=0.0)
+
+    found = {
+        "scales-ignored": moves(0),
+        "scales-once": moves(1),
+        "scales-too-often": min(moves(3), moves(4)),
+        # Not far from means: five times as close is asked.
+        "medians": 5 * min(moves(power, median=True) for power in range(3)),
+    }
+    name = min(found, key=found.get)
+    return name if found[name] < min(0.005, moves(2) / 2) else ""
 
 
 def _placed(answer: Answer, weights: Tensor, block_size: int) -> Tensor:
@@ -411,27 +514,29 @@ def place(answer: Answer, draw: Draw) -> Score:
     """`f(weights, block_size)`: 16 levels in [-1, 1], zero among them, with the least squared error it can find."""
     nf, count = _levels(4, OFFSET), 32_000
     steps = torch.cat([torch.arange(-7, 0) / 7, torch.arange(9) / 8]).double()
-    kinds = ((12.0, 100, 32), (0.1, 3, 64))
-    drawn = [draw.normal(count) for _ in kinds]
-    for weights, (factor, one_in, _) in zip(drawn, kinds, strict=True):
-        weights[draw.permutation(count)[: count // one_in]] *= factor
-    levels = [_placed(answer, weights, size) for weights, (_, _, size) in zip(drawn, kinds, strict=True)]
-    for got, weights, (factor, one_in, size) in zip(levels, drawn, kinds, strict=True):
-        known = _loss(nf, weights, size)
-        best = min(_loss(_lloyd(weights, size, 2, start), weights, size) for start in (nf, steps))
-        share = 100 * (known - _loss(got, weights, size)) / (known - best)
+    kinds, found = ((12.0, 100, 32), (0.1, 3, 64)), []
+    for factor, one_in, size in kinds:
+        for _ in range(3):  # luck decides much in one of them
+            weights = draw.normal(count)
+            weights[draw.permutation(count)[: count // one_in]] *= factor
+            found.append((_placed(answer, weights, size), weights, size))
+    for i, (factor, one_in, size) in enumerate(kinds):
+        shares = []
+        for got, weights, _ in found[3 * i : 3 * i + 3]:
+            known = _loss(nf, weights, size)
+            best = min(_loss(_lloyd(weights, size, start), weights, size) for start in (nf, steps))
+            shares.append(100 * (known - _loss(got, weights, size)) / (known - best))
+        share = sum(shares) / 3
         if not share >= 90:
-            zero, one = ((got - _lloyd(weights, size, power, nf)).abs().max() < 0.005 for power in (0, 1))
-            name = (
-                "scales-ignored" if zero
-                else "scales-once" if one
-                else "no-better" if share < 10
-                else "ready-made" if torch.equal(*levels)
+            name = _settled(got, weights, size) or (
+                "no-better" if share < 10
+                else "ready-made" if torch.equal(found[0][0], found[3][0])
                 else "ends-kept" if {-1.0, 1.0} <= set(got.tolist())
                 else "not-settled"
             )  # fmt: skip
-            what = f"the way from NF4's error to the least, 1 weight in {one_in} times {factor:g}, blocks of {size}"
-            expect.fail(what, "at least 90%", f"{share:.0f}%", name)
+            way = "the way from NF4's error to that of a good method, on average over three draws"
+            kind = f"1 weight in {one_in} times {factor:g}, blocks of {size}"
+            expect.fail(f"{way}, {kind}", "at least 90%", f"{share:.0f}%", name)
     weights, size = _real(), 64
     left = _loss(_placed(answer, weights, size), weights, size)
     rivals = {"NF4": formats.levels("nf4"), "FP4": formats.levels("fp4"), "INT4": formats.levels("int4")}

@@ -35,21 +35,31 @@ def _alike(one, other) -> bool:
         return False
 
 
-class _Calls:
+class Calls:
     """Results of the calls so far: a later call must neither change them nor give them again."""
 
     def __init__(self):
         self.kept = []
 
-    def add(self, got, case: str):
+    def add(self, got, case: str, right=None):
+        """right: what is right here, where two calls may have the same result; else no two have."""
         what = f"the result of an earlier call, after the call {case}"
-        for before, copy in self.kept:
+        for before, copy, _ in self.kept:
             expect.true(_alike(copy, before), what, "state", "as it was", "other numbers")
-        # The weights differ from call to call, so the results do.
-        again = any(_alike(copy, got) for _, copy in self.kept)
+        again = any(_alike(copy, got) and (right is None or not _alike(right, r)) for _, copy, r in self.kept)
         expect.true(not again, f"the result {case}", "state", "a new result", "that of an earlier call")
-        self.kept.append((got, clone(got)))
+        self.kept.append((got, clone(got), right))
         return got
+
+
+def _in_order(got, what: str, *single: bool) -> tuple:
+    """As many parts as there are in `single`, which says what is one number; other places are named."""
+    parts = expect.parts(got, what, len(single))
+    came = tuple(not isinstance(part, Tensor) or part.numel() == 1 for part in parts)
+    other = came != single and sorted(came) == sorted(single)
+    whole = [isinstance(part, Tensor) and not part.is_floating_point() for part in parts]
+    expect.true(not (other or (whole[-1] and not whole[0])), f"the order of {what}", "order")
+    return parts
 
 
 def _last(weight: Tensor, factor: float = 1.5) -> Tensor:
@@ -63,6 +73,16 @@ def _doubtful(position: Tensor, slack: Tensor | float) -> Tensor:
     return ((position % 1 - 0.5).abs() <= slack).double()
 
 
+def _scalars(got, weight: Tensor) -> tuple:
+    """The three parts; what NumPy makes of a single weight is a number, and a tensor is made of it."""
+    codes, step, back = expect.parts(got, "the result", 3)
+    if weight.dim() == 0:
+        codes, back = (torch.tensor(v) if isinstance(v, int | float) else v for v in (codes, back))
+        narrow = isinstance(codes, Tensor) and codes.dtype == torch.int64
+        codes = codes.to(torch.int8) if narrow else codes
+    return codes, step, back
+
+
 @exercise("03-absmax")
 def absmax(answer: Answer, draw: Draw) -> None:
     """`f(weight, bits)`: (codes int8, step, what comes back, float32), one absmax step for the whole tensor."""
@@ -73,11 +93,12 @@ def absmax(answer: Answer, draw: Draw) -> None:
     cases += [(_last(draw.normal(4, 8)), 4, None), (_last(draw.normal(13)), 2, None)]
     cases += [
         (1e7 * draw.normal(3, 6), draw.whole(3, 8), None),
+        (1e15 * draw.normal(2, 7), draw.whole(3, 8), None),
         (1e-15 * draw.normal(4, 9), 6, "floor"),
         (ties, 3, "ties"),
     ]
     cases += [(draw.normal(70, 30) * 1e6, 7, None)] * draw.hidden
-    calls = _Calls()
+    calls = Calls()
     for weight, bits, mistake in cases:
         top = weight.abs().max().item()
         if weight.max() == top:
@@ -86,14 +107,14 @@ def absmax(answer: Answer, draw: Draw) -> None:
         right = top / largest
         case = f"for a weight of shape {tuple(weight.shape)}, {bits} bits"
         with _otherwise(mistake):
-            codes, step, back = expect.parts(answer(weight, bits), "the result", 3)
+            got = answer(weight, bits)
+            if weight.numel() > 1:
+                got = _in_order(got, f"the result {case}", False, True, False)
+            codes, step, back = _scalars(got, weight)
             calls.add((codes, step, back), case)
-            if weight.dim() == 0:  # what NumPy makes of one number is a number
-                codes, back = (torch.tensor(v) if isinstance(v, int | float) else v for v in (codes, back))
-                codes = codes.to(torch.int8) if codes.dtype == torch.int64 else codes
             many = isinstance(step, Tensor) and step.numel() > 1
             expect.true(not many, f"the step, {case}", "many-steps", "one number", step)
-            half = [torch.tensor(right).to(d).item() for d in (torch.float16, torch.bfloat16)]
+            half = [torch.tensor(right).to(d).item() or right for d in (torch.float16, torch.bfloat16)]
             wrong = {
                 "one-too-many": top / (largest + 1),
                 "both-signs": [top / (every - 1), 2 * top / (every - 1), top / every],
@@ -117,12 +138,14 @@ def absmax(answer: Answer, draw: Draw) -> None:
             wrong = {"step-missing": codes.double(), "absmax-for-step": codes.double() * top}
             within = 4 * EPSILON * meant.abs()
             expect.close(back, meant, f"what comes back, {case}", within, wrong, torch.float32)
-    zeros = torch.zeros(2, 3)
-    with _otherwise("zero-division"):
-        codes, step, back = expect.parts(answer(zeros, 4, crash="zero-division"), "the result", 3)
-        expect.close(codes, zeros, "the codes of zeros", 0.0, {}, torch.int8)
-        expect.close(back, zeros, "what comes back for zeros", 0.0, {}, torch.float32)
-        expect.number(step, 0.0, "the step of zeros, which must be finite", within=3.4e38)
+    for shape in ((2, 3), (), (1,), (4, 1, 5)):
+        zeros, case = torch.zeros(shape), f"zeros of shape {shape}"
+        with _otherwise("zero-division"):
+            got = answer(zeros, draw.whole(2, 8), crash="zero-division")
+            codes, step, back = _scalars(got, zeros)
+            expect.close(codes, zeros, f"the codes of {case}", 0.0, {}, torch.int8)
+            expect.close(back, zeros, f"what comes back for {case}", 0.0, {}, torch.float32)
+            expect.number(step, 0.0, f"the step of {case}, which must be finite", within=3.4e38)
 
 
 def _levels(draw: Draw, count: int, ends: bool = True) -> Tensor:
@@ -134,7 +157,10 @@ def _levels(draw: Draw, count: int, ends: bool = True) -> Tensor:
 
 
 def _nearest(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """By the definition, in float64: codes (n,), 1 where float32 cannot tell (n,), scales (blocks,), w / scale (n,)."""
+    """By the definition, in float64: codes (n,), 1 where float32 cannot tell (n,), scales (blocks,), w / scale (n,).
+
+    In a block of zeros float32 can always tell.
+    """
     codes, unsure, scales, positions = [], [], [], []
     for block in weight.double().reshape(-1).split(block_size):
         scale = block.abs().max()
@@ -144,7 +170,7 @@ def _nearest(weight: Tensor, levels: Tensor, block_size: int) -> tuple[Tensor, T
             gaps.topk(2, dim=1, largest=False).values.diff().flatten()
         )  # twice the distance from a border
         codes.append(gaps.argmin(dim=1))  # the first of equals is the lower level
-        unsure.append((margin < 8 * EPSILON).double())
+        unsure.append((margin < 8 * EPSILON).double() * (scale > 0))
         scales.append(scale)
         positions.append(position)
     return torch.cat(codes), torch.cat(unsure), torch.stack(scales), torch.cat(positions)
@@ -162,7 +188,11 @@ def blocks(answer: Answer, draw: Draw) -> None:
     near_zero = torch.tensor(
         [-0.9, -0.05 - draw.number(0, 0.1), 0.3, 0.6, 0.8]
     )  # below zero, not in the middle
+    least = draw.whole(1, 300) / 512
+    beside = torch.tensor([-1, -(1 + least) / 2, -least, least, (1 + least) / 2])  # zero lies halfway
     bf16, fp16 = draw.normal(9, 40, dtype=torch.bfloat16), draw.normal(900, dtype=torch.float16)
+    pruned = draw.normal(6, 9)
+    pruned[:, 4:6] = 0  # row after row of the transposed matrix: places 24 to 35 of 54
     cases = [  # weight, levels, block size, what a crash looks like, what else may be wrong
         (draw.normal(6, 8), _levels(draw, 5), 16, None, None),
         (draw.normal(6, 8), _levels(draw, 5), 16, None, None),
@@ -178,14 +208,23 @@ def blocks(answer: Answer, draw: Draw) -> None:
         (draw.normal(), _levels(draw, 4), 4, None, None),
         (holes, dyadic[dyadic != 0], 8, "zero-division", "zero-division"),
         (holes * 2, near_zero, 8, "zero-division", "zero-division"),
+        (torch.zeros(3, 5), near_zero, 4, "zero-division", "zero-division"),
+        (torch.zeros(()), near_zero, 4, "zero-division", "zero-division"),
+        (holes * 4, beside, 8, None, None),
         (1e-15 * draw.normal(7, 4), _levels(draw, 16), 16, None, "floor"),
+        (1e15 * draw.normal(3, 11), _levels(draw, 16), 7, None, None),
         (ties, dyadic, 4, None, "ties"),
         # Below 1, bfloat16 has steps of 0.004 and float16 of 0.0005: among so many levels either would show.
         (bf16, _levels(draw, 200), 32, "sixteen-bits", "sixteen-bits"),
         (fp16, _levels(draw, 250), 128, "sixteen-bits", "sixteen-bits"),
+        (pruned.T, near_zero, 5, "not-contiguous", None),
+        (pruned.to(torch.bfloat16).T * 3, _levels(draw, 200), 12, "not-contiguous", None),
+        (pruned.half().T * 2, near_zero, 5, "not-contiguous", None),
+        (draw.normal(5, 130).T, _levels(draw, 16), 300, "not-contiguous", None),
+        (draw.normal(2, 3, 8), _levels(draw, 16), 3, None, None),
     ]
     cases += [(draw.normal(65, 33), _levels(draw, 256), 64, None, None)] * draw.hidden
-    calls = _Calls()
+    calls = Calls()
     for weight, levels, size, crash, mistake in cases:
         n, count = weight.numel(), -(-weight.numel() // size)
         kind = str(weight.dtype).removeprefix("torch.")
@@ -214,7 +253,12 @@ def blocks(answer: Answer, draw: Draw) -> None:
             lengths[(n // size * size,)] = "short-block"
             expect.tensor(codes, f"the codes, {case}", (n,), shape_mistakes=lengths if n % size else {})
             above = torch.searchsorted(levels.double(), position)
+            each = scale.repeat_interleave(size)[:n]
+            last = len(levels) - 1 - levels.flip(0).abs().argmin()  # the upper one of two nearest to 0
+            zeros = codes.where(each == 0, right) if codes.dtype == torch.uint8 else right  # wrong only there
             wrong = {
+                "ties": right.where(each > 0, last),
+                "zero-division": zeros,
                 "level-values": levels[right],
                 "evenly-spaced": ((position + 1) / 2 * (len(levels) - 1)).round(),
                 "not-nearest": [above, torch.searchsorted(levels.double(), position, right=True) - 1],
@@ -225,6 +269,11 @@ def blocks(answer: Answer, draw: Draw) -> None:
             expect.close(codes, right, f"the codes, {case}", within, wrong, torch.uint8)
 
 
+def cut(x: Tensor) -> Tensor:
+    """float32 without its lower 16 bits: bfloat16, not rounded."""
+    return (x.float().view(torch.int32) & -65536).view(torch.float32)
+
+
 @exercise("03-dequantize")
 def dequantize(answer: Answer, draw: Draw) -> None:
     """`f(codes, levels, scales, block_size, shape, dtype)`: level times scale, in float32, rounded once."""
@@ -233,30 +282,42 @@ def dequantize(answer: Answer, draw: Draw) -> None:
         ((4, 8), 8, 16, torch.float32, None),
         ((6, 9), 6, draw.whole(17, 100), torch.float32, None),
         ((10, 60), 50, 256, torch.float32, None),
+        ((10, 60), 50, 200, torch.float32, None),  # codes above 127, and fewer than 256 levels
         ((3, 5), 1, 3, torch.float32, None),
         ((5, 7), 8, 16, torch.float32, "short-block"),
         ((3, 1, 5), 64, 16, torch.float32, "short-block"),
         ((), 4, 4, torch.float32, None),
         ((33, 13), 32, 16, torch.bfloat16, None),
         ((400,), 128, 16, torch.float16, None),
+        ((), 4, 9, torch.bfloat16, None),
+        ((), 1, 9, torch.float16, None),
+        ((7, 3), 5, 256, torch.float16, None),
     ]
     cases += [((2, 17, 31), 64, 200, torch.bfloat16, None)] * draw.hidden
-    calls = _Calls()
+    calls = Calls()
     for shape, size, many, dtype, crash in cases:
         n, rows = math.prod(shape), shape if len(shape) == 2 else (1, math.prod(shape))
         count = -(-n // size)
         codes, levels = draw.integers(n, low=0, high=many - 1, dtype=torch.uint8), _levels(draw, many)
-        scales = draw.uniform(count, low=0.1, high=3) * (draw.uniform(count) > 0.1)  # some blocks are zero
-        if many == 256:
-            scales *= 10.0 ** draw.integers(count, low=-15, high=8)
-        scales[0] = 0.7
+        scales = draw.uniform(count, low=0.1, high=3)
+        if many == 256 and dtype == torch.float32:
+            scales *= 10.0 ** torch.linspace(-15, 15, count).round()[draw.permutation(count)]
+        scales[1:2] = 0
+        if dtype == torch.bfloat16:
+            scales[2:4] *= 1e-12
         level, place = levels[codes.long()], torch.arange(n)
         scale = scales[place // size]
         by_row = place // rows[1] * (rows[1] // size) + place % rows[1] // size
         right = (level * scale).to(dtype).view(shape)
+        short = level.to(dtype), scale.to(dtype)
+        exact = level.double() * scale.double()
         wrong = {
             "scale-missing": level,
             "codes-not-levels": codes * scale,
+            "codes-wrapped": levels[codes.to(torch.int8).long().clamp(min=-many)] * scale,
+            "zero-scale": level * scale.where(scale > 0, 1.0),
+            "rounded-early": [short[0] * short[1], short[0] * scale, level * short[1]],
+            "rounded-otherwise": [exact.bfloat16(), exact.half(), cut(exact)],
             "scales-alternate": level * scales[place % count],
             "scale-by-row": level * scales[by_row.clamp(max=count - 1)],
             "divided": level / scale,
@@ -265,14 +326,14 @@ def dequantize(answer: Answer, draw: Draw) -> None:
         # Two float32 numbers multiply exactly in float64; to round that at once may differ from rounding it twice.
         at_once = (level.double() * scale.double()).to(dtype).view(shape)
         case = f"for shape {shape}, blocks of {size}, {str(dtype).removeprefix('torch.')}"
-        with _otherwise("rounded-early" if dtype != torch.float32 else None):
-            got = answer(codes, levels, scales, size, shape, dtype, crash=crash)
-            calls.add(got, case)
-            lengths = {(count * size,): "padding-kept", (count, size): "padding-kept", (n,): "shape-missing"}
-            expect.tensor(got, f"the weights, {case}", shape, dtype, shape_mistakes=lengths)
-            wrong = {name: tensor.to(dtype).view(shape) for name, tensor in wrong.items()}
-            within = (right.double() - at_once.double()).abs()
-            expect.close(got, right, f"the weights, {case}", within, wrong)
+        got = answer(codes, levels, scales, size, shape, dtype, crash=crash)
+        calls.add(got, case)
+        lengths = {(count * size,): "padding-kept", (count, size): "padding-kept", (n,): "shape-missing"}
+        expect.tensor(got, f"the weights, {case}", shape, dtype, shape_mistakes=lengths)
+        several = ((name, ts if isinstance(ts, list) else [ts]) for name, ts in wrong.items())
+        wrong = {name: [t.to(dtype).view(shape) for t in tensors] for name, tensors in several}
+        within = (right.double() - at_once.double()).abs().nan_to_num()  # where both are infinite
+        expect.close(got, right, f"the weights, {case}", within, wrong)
 
 
 @exercise("03-minmax")
@@ -285,6 +346,8 @@ def minmax(answer: Answer, draw: Draw) -> None:
         return torch.cat([torch.tensor([low, high]), inner]).view(shape) * 2.0 ** draw.choice([-3, -2, 2, 3])
 
     thousand = torch.cat([draw.uniform(40, low=1000, high=1001), torch.tensor([1000, 1001])])
+    pruned = spread(-4.25, 10.75, 5, 8)
+    pruned[2:4] = 0
     cases = [  # where zero lies a quarter of a step beside a code, the ways of rounding differ
         (spread(-4.25, 10.75, 6, 7), 4),
         (spread(-4.25, 10.75, 6, 7), 4),
@@ -296,25 +359,25 @@ def minmax(answer: Answer, draw: Draw) -> None:
         (spread(-1.25, 1.75, 9), 2),
         (-(2.0 ** draw.whole(-2, 2)) * thousand, 8),  # the zero point needs 18 bits
         (thousand, 8),
+        (1e15 * draw.normal(3, 9), 5),
+        (pruned, 4),
         (1e-15 * draw.normal(20), 4),
     ]
     cases += [(draw.uniform(2, low=0, high=1) + 5, 2), (draw.normal(50, 30) + 30, 6)] * draw.hidden
-    calls = _Calls()
-    small = torch.tensor(
-        [1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5]
-    ).tolist()  # steps that people set as least
+    calls = Calls()
     for weight, bits in cases:
         w, largest = weight.double(), 2**bits - 1
         low, high = w.min().item(), w.max().item()
         right = (high - low) / largest
         case = f"for weights from {low:.3g} to {high:.3g}, {bits} bits"
-        codes, step, zero, back = expect.parts(answer(weight, bits), "the result", 4)
-        calls.add((codes, step, zero, back), case)
+        got = _in_order(answer(weight, bits), f"the result {case}", False, True, True, False)
+        codes, step, zero, back = calls.add(got, case)
         wide = (max(high, 0) - min(low, 0)) / largest
         wrong = {"one-too-many": (high - low) / 2**bits, "range-with-zero": wide}
         wrong["absmax-for-range"] = max(high, -low) / largest
-        wrong["floor"] = small if high < 1e-12 else right
-        expect.number(step, right, f"the step, {case}", 4 * EPSILON * right, wrong)
+        wrong["order"] = [math.floor(-low / right), math.ceil(-low / right)]
+        with _otherwise("floor" if high < 1e-12 else None):
+            expect.number(step, right, f"the step, {case}", 4 * EPSILON * right, wrong)
         # Step and quotient are rounded twice each; the sum with the zero point once more.
         exact = -low / right
         slack = 4 * EPSILON * (abs(exact) + largest + 1)
@@ -344,7 +407,8 @@ def minmax(answer: Answer, draw: Draw) -> None:
             "zero-missing": [(w / right).round().clamp(0, largest), (w / right).round() % 256],
             "start-mixed": ((w - low) / right).round(),
         }
-        expect.close(codes, position.round(), f"the codes, {case}", unsure, wrong, torch.uint8)
+        with _otherwise("floor" if high < 1e-12 else "zero-lost" if weight is pruned else None):
+            expect.close(codes, position.round(), f"the codes, {case}", unsure, wrong, torch.uint8)
         q = codes.double()
         wrong = {
             "wrapped": ((q - zero) % 256).float() * float(step),
@@ -354,7 +418,10 @@ def minmax(answer: Answer, draw: Draw) -> None:
             "start-mixed": q * right + low,
         }
         within = 4 * EPSILON * right * (q + abs(zero) + 1)
-        expect.close(back, (q - zero) * right, f"what comes back, {case}", within, wrong, torch.float32)
+        with _otherwise("zero-lost" if weight is pruned else None):
+            expect.close(back, (q - zero) * right, f"what comes back, {case}", within, wrong, torch.float32)
+            lost = int((back[weight == 0] != 0).sum()) if low < 0 < high else 0
+            expect.true(lost == 0, f"zeros that come back as something else, {case}", "zero-lost", 0, lost)
 
 
 def _round_trip(weight: Tensor, bits: int, block_size: int, rounding=torch.round) -> Tensor:
@@ -363,6 +430,15 @@ def _round_trip(weight: Tensor, bits: int, block_size: int, rounding=torch.round
     for block in weight.reshape(-1).split(block_size):
         step = block.abs().max() / (2 ** (bits - 1) - 1)
         back.append(rounding(block / step) * step if step > 0 else block)
+    return torch.cat(back)
+
+
+def _on_grid(weight: Tensor, block_size: int, most: int, low: int, high: int) -> Tensor:
+    """The same with steps of absmax / most, and codes from low to high."""
+    back = []
+    for block in weight.reshape(-1).split(block_size):
+        step = block.abs().max() / most
+        back.append((block / step).round().clamp(low, high) * step if step > 0 else block)
     return torch.cat(back)
 
 
@@ -380,10 +456,14 @@ def measure(answer: Answer, draw: Draw) -> None:
     ]
     cases += [(3 * draw.normal(7, 13), 3, 8, "short-block")]  # 3 weights in the last block
     cases += [(_last(draw.normal(5, 19)), 2, 8, "short-block"), (draw.normal(11, 3), 8, 64, "short-block")]
-    cases += [(draw.normal(16, 12).T, 4, 8, None)]
+    cases += [(3 * draw.normal(16, 12).T, 4, 8, None)]
     cases += [(pruned, 4, 16, "zero-division"), (1e-15 * draw.normal(9, 16), 4, 16, "floor")]
+    ended = draw.normal(3, 5, 4)
+    ended.view(-1)[-4:] = 0
+    cases += [(ended, 3, 8, "zero-division"), (1e15 * draw.normal(5, 2, 7), 4, 16, None)]
+    cases += [(draw.normal(100), draw.whole(2, 8), 32, "short-block"), (draw.normal(6, 15).T, 4, 8, None)]
     cases += [(draw.normal(61, 35) * draw.uniform(61, 1), 5, 128, None)] * draw.hidden
-    calls = _Calls()
+    calls = Calls()
     for weight, bits, size, mistake in cases:
         w = weight.double().reshape(-1)
         n, scales = len(w), 32 * -(-len(w) // size)  # weights, and bits of all steps
@@ -404,21 +484,41 @@ def measure(answer: Answer, draw: Draw) -> None:
                 "zeros-not-counted": right - 32 * zeros / n,
             }
             expect.number(cost, right, f"bits a weight, {case}", 1e-6 * right, wrong)
-            lost = w - _round_trip(w, bits, size)
+            lost, single = w - _round_trip(w, bits, size), w.float()
             squares = lost.square()
             exact = (lost.norm() / w.norm()).item()
             whole = n - n % size  # weights in whole blocks
             without = [lost[:whole].norm() / part.norm() for part in (w, w[:whole]) if whole]
-            means = [lost.norm(), squares.sum(), squares.mean().sqrt(), squares.mean()]
+            back, down = (
+                _round_trip(w, bits, size),
+                weight.double().transpose(0, -1) if weight.dim() else weight,
+            )
+            means = [
+                lost.norm(),
+                squares.sum(),
+                squares.mean().sqrt(),
+                squares.mean(),
+                lost.norm() / back.norm(),
+            ]
+            most = 2 ** (bits - 1)  # in the place of the largest code; 2^k - 1 is another
+            grids = [(most, -most, most - 1), (most, -most, most), (2 * most - 1, 1 - 2 * most, 2 * most - 1)]
             sizes = [lost.abs().sum() / w.abs().sum(), (lost.abs() / w.abs()).nanmean()]
             wrong = {
+                "column-order": ((down.reshape(-1) - _round_trip(down, bits, size)).norm() / w.norm()).item(),
                 "squared": exact**2,
                 "not-relative": [m.item() for m in means],
                 "magnitudes": [s.item() for s in sizes],
                 "percent": 100 * exact,
                 "short-block": [v.item() for v in without] or [exact],
                 # In float32, an absmax divided by its step may be less than the largest code, and lose a whole step.
-                "truncated": ((w - _round_trip(w.float(), bits, size, torch.trunc)).norm() / w.norm()).item(),
+                "truncated": [
+                    ((w - _round_trip(v, bits, size, rounding)).norm() / w.norm()).item()
+                    for v in (single, w)
+                    for rounding in (torch.trunc, torch.floor)
+                ],
+                "other-grid": [
+                    ((w - _on_grid(w, size, *grid)).norm() / w.norm()).item() for grid in grids if size > 1
+                ],
                 "one-step": ((w - _round_trip(w, bits, n)).norm() / w.norm()).item(),
             }
             # What comes back is off by some roundings of its own size, and a sum of n squares by n roundings.
@@ -433,6 +533,9 @@ _FLOATS = (
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 )
+# Of 120 draws, with absmax, and as many outliers apart as can be paid for: in blocks of 48 to 128 weights no error was
+# above 1.1, in blocks of 256 the mean was 1.07; 20 outliers in the place of 60 gave 1.31, 30 of them 1.11.
+MOST = 1.1  # times the error of outliers apart
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -453,8 +556,16 @@ def _unpacked(stored, n: int) -> tuple[Tensor, int]:
         stored = {key: part for key, part in stored.items() if part is not None or key not in optional}
     keys = set(stored) if isinstance(stored, dict) else set()
     named = ", ".join(sorted(map(str, keys))) or type(stored).__name__
-    fits = needed <= keys <= needed | optional
-    expect.true(fits, "what is stored", "parts", "the parts of the table", named)
+    expect.true(isinstance(stored, dict), "what is stored", "parts", "a dict", named)
+    missing, unknown = (
+        ", ".join(sorted(map(str, names))) for names in (needed - keys, keys - needed - optional)
+    )
+    expect.true(
+        not missing, f"what is stored: missing is {missing}", "parts", "the parts of the table", named
+    )
+    expect.true(
+        not unknown, f"what is stored: unknown is {unknown}", "parts", "the parts of the table", named
+    )
     bits, size = stored["bits"], stored["block_size"]
     for name, number, most in (("bits", bits, 8), ("block_size", size, n)):
         fits = type(number) is int and 1 <= number <= most
@@ -503,33 +614,67 @@ def _rival(weight: Tensor, size: int, min_max: bool = False, apart: int = 0) -> 
     return stored | ({"positions": positions, "values": values} if apart else {})
 
 
+def _missed(stored: dict, weight: Tensor, ratio: float) -> str:
+    """What an answer looks like whose error is `ratio` times that of outliers apart."""
+    positions, size = stored.get("positions"), stored["block_size"]
+    if positions is None or not len(positions):
+        return "outliers-share"
+    blocks, rest = torch.arange(weight.numel()) // size, weight.double().flatten().clone()
+    positions = positions.long()
+    rest[positions] = 0
+    pieces, levels = rest.split(size), stored["levels"].double()
+    if stored.get("starts") is None:
+        spans = torch.stack([2 * piece.abs().max() for piece in pieces])
+    else:
+        spans = torch.stack([piece.max() - piece.min() for piece in pieces])
+    wide = stored["scales"].double() * (levels.max() - levels.min()) > 1.3 * spans
+    # Many of the blocks of which a weight is apart span much more than what is left in them.
+    if wide[blocks[positions].unique()].double().mean() > 0.3:
+        return "step-of-outliers"
+    return "almost" if ratio < 1.7 else "outliers-wrong"
+
+
+def _spiked(draw: Draw) -> Tensor:
+    """Rows of different size, and some outliers."""
+    weight = draw.normal(53, 157) * draw.uniform(53, 1, low=0.5, high=2)
+    spikes = draw.uniform(53, 157) < 0.006
+    return weight * torch.where(spikes, draw.uniform(53, 157, low=6, high=20), 1.0)
+
+
+def _lost(stored, weight: Tensor) -> tuple[float, int]:
+    """The relative error in %, and all bits that are stored."""
+    w = weight.double().flatten()
+    decoded, bits = _unpacked(stored, len(w))
+    return 100 * ((decoded - w).norm() / w.norm()).item(), bits
+
+
 @exercise("03-budget")
 def budget(answer: Answer, draw: Draw) -> Score:
     """`f(weight)`: a dict that stands for the weights in 4.5 bits each at most, all counted; decoded here."""
-    for source in (draw, Draw(3)):  # fresh weights for validity, then those of the scoreboard
-        weight = source.normal(53, 157) * source.uniform(53, 1, low=0.5, high=2)
-        spikes = source.uniform(53, 157) < 0.006
-        weight = weight * torch.where(spikes, source.uniform(53, 157, low=6, high=20), 1.0)
-        w, n = weight.double().flatten(), weight.numel()
-        rivals = {
-            "absmax in 128s": _rival(weight, 128),
-            "absmax in 64s": _rival(weight, 64),
-            "absmax in 32s": _rival(weight, 32),
-            "min-max in 64s": _rival(weight, 64, min_max=True),
-            "outliers apart": _rival(weight, 64, apart=n // 140),
-            "min-max, apart": _rival(weight, 157, min_max=True, apart=73),
-        }
-        errors, names = [], []
-        for stored in (answer(weight), *rivals.values()):
-            decoded, bits = _unpacked(stored, n)
-            errors.append(100 * ((decoded - w).norm() / w.norm()).item())
-            names.append(f"{bits / n:.2f} bits")
-            if len(errors) == 1:
-                allowed = f"at most {4.5 * n:,.0f}"
-                expect.true(bits <= 4.5 * n, "bits that are stored", "over-budget", allowed, f"{bits:,}")
-        mine, *others = errors
-        plain, good = others[3], 1.02 * others[4]
-        expect.true(mine < plain, "the error, in %", "outliers-share", f"less than {plain:.2f}", mine)
-        expect.true(mine <= good, "the error, in %", "outliers-wrong", f"at most {good:.2f}", mine)
-    board = {f"{name}: {bits}": e for name, bits, e in zip(rivals, names[1:], others, strict=True)}
+    rivals = {
+        "absmax in 128s": {"size": 128},
+        "absmax in 64s": {"size": 64},
+        "absmax in 32s": {"size": 32},
+        "min-max in 64s": {"size": 64, "min_max": True},
+        "outliers apart": {"size": 64, "apart": 59},
+        "min-max, apart": {"size": 157, "min_max": True, "apart": 73},
+    }
+    ratios = []
+    # Fresh weights for validity, three times because luck decides much; then those of the scoreboard.
+    for weight in (*(_spiked(draw) for _ in range(3)), _spiked(Draw(3))):
+        n, stored = weight.numel(), answer(weight)
+        mine, bits = _lost(stored, weight)
+        expect.true(
+            bits <= 4.5 * n, "bits that are stored", "over-budget", f"at most {4.5 * n:,.0f}", f"{bits:,}"
+        )
+        ratios.append(mine / _lost(_rival(weight, **rivals["outliers apart"]), weight)[0])
+        if len(ratios) == 3:
+            ratio = sum(ratios) / 3
+            what = "the error, divided by that of outliers apart, on average over three matrices"
+            if not ratio <= MOST:
+                expect.fail(what, f"at most {MOST}", f"{ratio:.3f}", _missed(stored, weight, ratio))
+    board = {}
+    for name, rival in rivals.items():
+        error, bits = _lost(_rival(weight, **rival), weight)
+        board[f"{name}: {bits / n:.2f} bits"] = error
     return Score(mine, "% error", board)

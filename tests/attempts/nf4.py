@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from tests.attempts import right, wrong
+from tests.attempts.quantization import kept_by_shape, overwritten
 
 Q = NormalDist().inv_cdf
 
@@ -263,6 +264,21 @@ def a_list(bits, offset):
     return _scaled(_levels(bits, offset)).tolist()
 
 
+wrong("04-codebook", "state")(overwritten(with_ndtri))
+
+
+@wrong("04-codebook", "bits-ignored")
+def never_six_bits(bits, offset):
+    _checked(offset)
+    return _scaled(_levels(5 if bits == 6 else bits, offset))
+
+
+@wrong("04-codebook", "bits-ignored")
+def never_seven_bits(bits, offset):
+    _checked(offset)
+    return _scaled(_levels(8 if bits == 7 else bits, offset))
+
+
 # 04-nearest
 
 
@@ -425,6 +441,22 @@ def nested_lists(x, levels):
     return (x[..., None] - levels).abs().argmin(-1).tolist()
 
 
+wrong("04-nearest", "state")(overwritten(with_all_distances))
+wrong("04-nearest", "state")(kept_by_shape(with_all_distances))
+
+
+@wrong("04-nearest", "not-exact")
+def with_some_slack(x, levels):
+    return torch.bucketize(x.contiguous() - 1e-7, (levels[:-1] + levels[1:]) / 2).to(torch.uint8)
+
+
+@wrong("04-nearest", "not-exact")
+def levels_that_are_close_are_one(x, levels):
+    borders = (levels[:-1] + levels[1:]) / 2
+    borders = torch.where(levels.diff() < 1e-4, levels[1:], borders)
+    return torch.bucketize(x.contiguous(), borders).to(torch.uint8)
+
+
 # 04-pack
 
 
@@ -546,6 +578,15 @@ def bytes_of_python(codes, filler):
 def at_most_32_bytes(codes, filler):
     codes = _filled(codes, filler)
     return ((codes[::2] << 4) | codes[1::2])[:32]
+
+
+wrong("04-pack", "state")(overwritten(in_a_list))
+wrong("04-pack", "state")(kept_by_shape(in_a_list))
+
+
+@wrong("04-pack", "filler-ignored")
+def a_single_code_without_a_filler(codes, filler):
+    return codes * 16 if len(codes) == 1 else by_a_product(codes, filler)
 
 
 # 04-quantize
@@ -870,6 +911,74 @@ def with_a_width(weight, levels, block_size):
     return _quantize(weight, levels, block_size)
 
 
+wrong("04-quantize", "state")(overwritten(block_by_block))
+wrong("04-quantize", "state")(kept_by_shape(block_by_block))
+
+
+def _narrow(name, mistake, x=None, levels=None, borders=None):
+    """Something is rounded on the way; what comes as None is not. Each is a function of it and the weights' dtype."""
+    x, levels, borders = (f or (lambda value, _: value) for f in (x, levels, borders))
+
+    def attempt(weight, table, block_size):
+        kind = weight.dtype
+
+        def nearest(quotient, table):
+            table = levels(table, kind)
+            between = borders((table[:-1] + table[1:]) / 2, kind)
+            return torch.bucketize(x(quotient, kind).float(), between.float()).byte()
+
+        return _quantize(weight, table, block_size, nearest=nearest)
+
+    attempt.__name__ = name
+    wrong("04-quantize", mistake)(attempt)
+
+
+def _half(value, _):
+    return value.half().float()
+
+
+def _half_for(dtype):
+    return lambda value, kind: value.half().float() if kind == dtype else value
+
+
+def _as_the_weights(value, kind):
+    return value.to(kind).float()
+
+
+_narrow("x_in_half", "divided-in-16-bits", x=_half)
+_narrow("x_in_half_for_float32", "divided-in-16-bits", x=_half_for(torch.float32))
+_narrow("x_in_half_for_bfloat16", "divided-in-16-bits", x=_half_for(torch.bfloat16))
+_narrow("x_as_the_weights", "divided-in-16-bits", x=_as_the_weights)
+_narrow("levels_in_half", "levels-in-16-bits", levels=_half)
+_narrow("levels_in_half_for_half", "levels-in-16-bits", levels=_half_for(torch.float16))
+_narrow("levels_in_half_for_float32", "levels-in-16-bits", levels=_half_for(torch.float32))
+_narrow("levels_as_the_weights", "levels-in-16-bits", levels=_as_the_weights)
+_narrow(
+    "levels_in_bfloat16_for_bfloat16",
+    "levels-in-16-bits",
+    levels=lambda value, kind: value.bfloat16().float() if kind == torch.bfloat16 else value,
+)
+_narrow("borders_in_half", "levels-in-16-bits", borders=_half)
+_narrow("borders_as_the_weights", "levels-in-16-bits", borders=_as_the_weights)
+
+
+@wrong("04-quantize", "zero-block")
+def zero_by_zero_in_16_bits(weight, levels, block_size):
+    return _quantize(weight, levels, block_size, guard=weight.dtype == torch.float32)
+
+
+@wrong("04-quantize", "zero-block")
+def zero_by_zero_in_a_number(weight, levels, block_size):
+    return _quantize(weight, levels, block_size, guard=weight.dim() > 0)
+
+
+@wrong("04-quantize", "odd-dropped")
+def pairs_only_in_bfloat16(weight, levels, block_size):
+    packed, scales = _quantize(weight, levels, block_size)
+    cut = weight.numel() % 2 and weight.dtype == torch.bfloat16
+    return packed[:-1] if cut else packed, scales
+
+
 # 04-dequantize
 
 
@@ -1023,6 +1132,16 @@ def numbers_in_lists(*inputs):
     return _dequantize(*inputs).tolist()
 
 
+wrong("04-dequantize", "state")(overwritten(weight_by_weight))
+wrong("04-dequantize", "state")(kept_by_shape(weight_by_weight))
+
+
+@wrong("04-dequantize", "crashed")
+def even_blocks_only(*inputs):
+    assert inputs[3] % 2 == 0
+    return _dequantize(*inputs)
+
+
 # 04-place
 
 
@@ -1159,6 +1278,46 @@ def a_number(weights, block_size):
 def weighted_with_the_scale(weights, block_size):
     x, scale = _x_and_scale(weights, block_size)
     return _turns(x, scale, _nf4(), rounds=100)
+
+
+def _weighted(name, power):
+    def attempt(weights, block_size):
+        x, scale = _x_and_scale(weights, block_size)
+        return _turns(x, scale**power, _nf4(), rounds=100)
+
+    attempt.__name__ = name
+    wrong("04-place", "scales-too-often")(attempt)
+
+
+_weighted("squared_twice", 4)
+
+
+def _medians(name, power):
+    def attempt(weights, block_size):
+        x, scale = _x_and_scale(weights, block_size)
+        x, order = x.sort()
+        mass, levels = scale[order] ** power, _nf4()
+        for _ in range(100):
+            codes = torch.bucketize(x, (levels[:-1] + levels[1:]) / 2)
+            for code in {*range(16)} - {7}:
+                mine = codes == code
+                if mine.any():
+                    upto = mass[mine].cumsum(0)
+                    levels[code] = x[mine][torch.searchsorted(upto, upto[-1] / 2)]
+        return levels
+
+    attempt.__name__ = name
+    wrong("04-place", "medians")(attempt)
+
+
+_medians("plain_medians", 0)
+_medians("medians_weighted_with_the_square", 2)
+
+
+@right("04-place")
+def from_8_steps_below_zero(weights, block_size):
+    x, scale = _x_and_scale(weights, block_size)
+    return _turns(x, scale**2, torch.cat([torch.arange(-8, 0) / 8, torch.arange(8) / 7]).double(), rounds=100)
 
 
 AF4 = """-1 -0.69441008 -0.51243739 -0.3736951 -0.25607552 -0.14982478 -0.04934812 0

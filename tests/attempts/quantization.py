@@ -9,7 +9,23 @@ import torch
 from tests.attempts import right, wrong
 
 
-def _in_one_buffer(function):
+def kept_by_shape(function):
+    """The last result is given again, once, if tensors of the same shapes and dtypes come."""
+    kept = {}
+
+    @functools.wraps(function)
+    def again(*arguments):
+        key = tuple((a.shape, a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments)
+        if key in kept:
+            return kept.pop(key)
+        kept.clear()
+        kept[key] = function(*arguments)
+        return kept[key]
+
+    return again
+
+
+def overwritten(function):
     """The same numbers, but tensors come back in memory that the next call of such a shape writes over."""
     kept = {}
 
@@ -208,7 +224,7 @@ def divided_in_place(weight, bits):
 
 
 @wrong("03-absmax", "state")
-@_in_one_buffer
+@overwritten
 def in_one_buffer(weight, bits):
     return _absmax(weight, bits)
 
@@ -223,6 +239,31 @@ def one_step_a_row(weight, bits):
 @wrong("03-absmax", "sixteen-bits")
 def step_in_half(weight, bits):
     return _absmax(weight, bits, step=(weight.abs().max() / (2 ** (bits - 1) - 1)).half().float())
+
+
+@wrong("03-absmax", "zero-division")
+def nan_for_one_zero(weight, bits):
+    if weight.dim():
+        return _absmax(weight, bits)
+    step = weight.abs() / (2 ** (bits - 1) - 1)
+    return (weight / step).to(torch.int8), step, (weight / step).round() * step
+
+
+@wrong("03-absmax", "order")
+def step_first(weight, bits):
+    codes, step, back = _absmax(weight, bits)
+    return step, codes, back
+
+
+@wrong("03-absmax", "order")
+def weights_first(weight, bits):
+    codes, step, back = _absmax(weight, bits)
+    return back, step, codes
+
+
+@wrong("03-absmax", "floor")
+def tiny_weights_are_zeros(weight, bits):
+    return _absmax(torch.where(weight.abs().max() < 1e-8, 0.0, weight), bits)
 
 
 # 03-blocks
@@ -467,8 +508,8 @@ def codes_in_the_weights_shape(weight, levels, block_size):
 
 
 @wrong("03-blocks", "state")
-@_in_one_buffer
-def blocks_in_one_buffer(weight, levels, block_size):
+@overwritten
+def blocksoverwritten(weight, levels, block_size):
     return _in_blocks(weight.flatten().float(), levels, block_size)
 
 
@@ -501,6 +542,31 @@ def middle_code_for_zeros(weight, levels, block_size):
 @wrong("03-blocks", "zero-division")
 def first_level_above_zero_for_zeros(weight, levels, block_size):
     return _zeros_get(lambda levels: torch.searchsorted(levels, 0.0).int())(weight, levels, block_size)
+
+
+@wrong("03-blocks", "ties")
+def the_upper_for_zeros(weight, levels, block_size):
+    return _zeros_get(lambda levels: len(levels) - 1 - levels.flip(0).abs().argmin())(
+        weight, levels, block_size
+    )
+
+
+def _spoilt_zeros(kind, where):
+    """The first code for zeros, in such weights only."""
+
+    def answer(weight, levels, block_size):
+        code = (lambda levels: 0) if where(weight) else (lambda levels: int(levels.abs().argmin()))
+        return _zeros_get(code)(weight, levels, block_size)
+
+    answer.__name__ = f"first_code_for_zeros_in_{kind}"
+    wrong("03-blocks", "zero-division")(answer)
+
+
+_spoilt_zeros("a_number", lambda weight: weight.dim() == 0)
+_spoilt_zeros("bfloat16", lambda weight: weight.dtype == torch.bfloat16)
+_spoilt_zeros("float16", lambda weight: weight.dtype == torch.float16)
+_spoilt_zeros("a_transposed_matrix", lambda weight: not weight.is_contiguous())
+_spoilt_zeros("a_tensor_of_zeros", lambda weight: not weight.any())
 
 
 # 03-dequantize
@@ -615,10 +681,34 @@ def always_float32(codes, levels, scales, block_size, shape, dtype):
 
 
 @wrong("03-dequantize", "state")
-@_in_one_buffer
-def weights_in_one_buffer(codes, levels, scales, block_size, shape, dtype):
+@overwritten
+def weightsoverwritten(codes, levels, scales, block_size, shape, dtype):
     each = scales.repeat_interleave(block_size)[: len(codes)]
     return (levels[codes.long()] * each).view(shape).to(dtype)
+
+
+@wrong("03-dequantize", "codes-wrapped")
+def codes_in_int8(codes, levels, scales, block_size, shape, dtype):
+    each = scales.repeat_interleave(block_size)[: len(codes)]
+    return (levels[codes.to(torch.int8).long()] * each).view(shape).to(dtype)
+
+
+@wrong("03-dequantize", "zero-scale")
+def no_scale_of_zero(codes, levels, scales, block_size, shape, dtype):
+    scales = scales.where(scales > 0, 1.0)
+    return (levels[codes.long()] * scales.repeat_interleave(block_size)[: len(codes)]).view(shape).to(dtype)
+
+
+@wrong("03-dequantize", "zero-scale")
+def no_scale_of_zero_in_bfloat16(codes, levels, scales, block_size, shape, dtype):
+    scales = scales.where((scales > 0) | (dtype != torch.bfloat16), 1.0)
+    return (levels[codes.long()] * scales.repeat_interleave(block_size)[: len(codes)]).view(shape).to(dtype)
+
+
+@wrong("03-dequantize", "rounded-otherwise")
+def float16_by_way_of_bfloat16(codes, levels, scales, block_size, shape, dtype):
+    back = (levels[codes.long()] * scales.repeat_interleave(block_size)[: len(codes)]).view(shape)
+    return (back.bfloat16() if dtype == torch.float16 else back).to(dtype)
 
 
 # 03-minmax
@@ -792,8 +882,8 @@ def codes_in_float(weight, bits):
 
 
 @wrong("03-minmax", "state")
-@_in_one_buffer
-def minmax_in_one_buffer(weight, bits):
+@overwritten
+def minmaxoverwritten(weight, bits):
     return _minmax(weight, bits)
 
 
@@ -820,6 +910,36 @@ def zero_point_in_16_bits(weight, bits):
 @wrong("03-minmax", "zero-wrapped")
 def zero_point_as_int8(weight, bits):
     return _minmax(weight, bits, zero=lambda z: (z.round() + 128) % 256 - 128)
+
+
+@wrong("03-minmax", "floor")
+def something_added_to_the_step(weight, bits):
+    return _minmax(weight, bits, step=(weight.max() - weight.min()) / (2**bits - 1) + 1e-12)
+
+
+@wrong("03-minmax", "order")
+def zero_point_before_the_step(weight, bits):
+    codes, step, zero, back = _minmax(weight, bits)
+    return codes, zero, step, back
+
+
+@wrong("03-minmax", "order")
+def weights_before_the_step(weight, bits):
+    codes, step, zero, back = _minmax(weight, bits)
+    return codes, back, step, zero
+
+
+@wrong("03-minmax", "zero-lost")
+def first_code_for_zeros(weight, bits):
+    codes, step, zero, _ = _minmax(weight, bits)
+    codes = torch.where(weight == 0, 0, codes.int()).to(torch.uint8)
+    return codes, step, zero, (codes - zero) * step
+
+
+@wrong("03-minmax", "zero-lost")
+def almost_zero_for_zeros(weight, bits):
+    codes, step, zero, back = _minmax(weight, bits)
+    return codes, step, zero, torch.where(weight == 0, step * 1e-7, back)
 
 
 # 03-measure
@@ -1025,6 +1145,54 @@ def something_added_to_each_step(weight, bits, block_size):
     return _cost(weight, bits, block_size), _ratio(weight, torch.cat(back).view(weight.shape))
 
 
+def _other_grid(name, most, low, high):
+    def answer(weight, bits, block_size):
+        half, back = 2 ** (bits - 1), []
+        for block in weight.flatten().split(block_size):
+            step = block.abs().max() / most(half)
+            codes = (block / step.where(step > 0, 1.0)).round().clamp(low(half), high(half))
+            back.append(codes * step)
+        return _cost(weight, bits, block_size), _ratio(weight, torch.cat(back).view(weight.shape))
+
+    answer.__name__ = name
+    wrong("03-measure", "other-grid")(answer)
+
+
+_other_grid("codes_from_minus_8_to_7", lambda half: half, lambda half: -half, lambda half: half - 1)
+_other_grid("codes_from_minus_8_to_8", lambda half: half, lambda half: -half, lambda half: half)
+_other_grid("codes_to_15", lambda half: 2 * half - 1, lambda half: 1 - 2 * half, lambda half: 2 * half - 1)
+
+
+@wrong("03-measure", "truncated")
+def error_of_floor(weight, bits, block_size):
+    return _cost(weight, bits, block_size), _ratio(weight, _back(weight, bits, block_size, torch.floor))
+
+
+@wrong("03-measure", "column-order")
+def as_weights_lie_in_memory(weight, bits, block_size):
+    flat = torch.as_strided(weight, (weight.numel(),), (1,))
+    return _cost(weight, bits, block_size), _ratio(flat, _back(flat, bits, block_size))
+
+
+@wrong("03-measure", "column-order")
+def weights_down_the_columns(weight, bits, block_size):
+    return measured_in_numpy(weight.transpose(0, -1) if weight.dim() else weight, bits, block_size)
+
+
+@wrong("03-measure", "not-relative")
+def by_what_comes_back(weight, bits, block_size):
+    back = _back(weight, bits, block_size)
+    return _cost(weight, bits, block_size), ((weight - back).norm() / back.norm()).item()
+
+
+@wrong("03-measure", "zero-division")
+def nan_for_zeros_in_a_short_block(weight, bits, block_size):
+    n = weight.numel() % block_size
+    if n and not weight.flatten()[-n:].any():
+        return _cost(weight, bits, block_size), float("nan")
+    return _cost(weight, bits, block_size), _ratio(weight, _back(weight, bits, block_size))
+
+
 # 03-budget
 
 
@@ -1118,21 +1286,65 @@ def blocks_alone(weight):
     return _int4(weight, 64)
 
 
-@wrong("03-budget", "outliers-share")
+@wrong("03-budget", "step-of-outliers")
 def some_weights_apart_but_scales_of_all(weight):
     stored = _int4(weight, 64)
     positions = weight.flatten().abs().topk(50).indices
     return stored | {"positions": positions, "values": weight.flatten()[positions].half()}
 
 
-@wrong("03-budget", "outliers-wrong")
+@wrong("03-budget", "almost")
 def a_few_apart(weight):
     return _int4(weight, 64, apart=20)
 
 
-@wrong("03-budget", "outliers-wrong")
+@wrong("03-budget", "almost")
 def one_block_for_all(weight):
     return _int4(weight, 1024, apart=110)
+
+
+@wrong("03-budget", "step-of-outliers")
+def scales_before_the_outliers_are_taken_out(weight):
+    """As many as can be paid for, and codes of what is left, but in the old steps."""
+    stored, before = _int4(weight, 64, apart=60), _int4(weight, 64)
+    flat = weight.flatten().clone()
+    flat[stored["positions"]] = 0
+    each = before["scales"].float().repeat_interleave(64)[: len(flat)]
+    return stored | {"scales": before["scales"], "codes": (flat / each).round().clamp(-7, 7).long() + 7}
+
+
+@wrong("03-budget", "outliers-wrong")
+def any_ones_apart(weight):
+    stored, positions = _int4(weight, 64), torch.arange(60) * 130
+    return stored | {"positions": positions, "values": weight.flatten()[positions].half()}
+
+
+@wrong("03-budget", "outliers-wrong")
+def outliers_without_their_sign(weight):
+    stored = _int4(weight, 64, apart=60)
+    return stored | {"values": stored["values"].abs()}
+
+
+def _paid_for(size):
+    """As many of the largest as can be paid for."""
+
+    def answer(weight):
+        n = weight.numel()
+        return _int4(weight, size, apart=int((0.5 * n - 15 * 16 - 16 * -(-n // size)) // 30))
+
+    answer.__name__ = f"what_can_be_paid_for_in_{size}s"
+    right("03-budget")(answer)
+
+
+for _size in (48, 56, 96, 128):
+    _paid_for(_size)
+
+
+@wrong("03-budget", "parts")
+def no_block_size(weight):
+    stored = _int4(weight, 64)
+    del stored["block_size"]
+    return stored
 
 
 @wrong("03-budget", "code-out-of-range")
