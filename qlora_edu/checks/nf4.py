@@ -16,9 +16,10 @@ from torch import Tensor
 
 from qlora_edu import formats, lloyd
 from qlora_edu.checks import expect
+from qlora_edu.checks.calls import Calls
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, Score, exercise
-from qlora_edu.checks.quantization import Calls, cut
+from qlora_edu.checks.quantization import cut
 
 OFFSET = 0.9677083  # NF4's
 LEAST = 8.852947  # % that is left with the best levels for `_real`, by a table over all x in ascending order

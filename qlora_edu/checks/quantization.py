@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu.checks import expect
-from qlora_edu.checks.attempt import clone, unchanged
+from qlora_edu.checks.calls import Calls
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, Score, exercise
 from qlora_edu.checks.expect import EPSILON, Wrong
@@ -25,31 +25,6 @@ def _otherwise(mistake: str | None):
     except Wrong as wrong:
         wrong.mistake = wrong.mistake or mistake
         raise
-
-
-def _alike(one, other) -> bool:
-    """Whether two results are the same, be they ever so strange."""
-    try:
-        return unchanged(one, other)
-    except (AttributeError, TypeError, RuntimeError):
-        return False
-
-
-class Calls:
-    """Results of the calls so far: a later call must neither change them nor give them again."""
-
-    def __init__(self):
-        self.kept = []
-
-    def add(self, got, case: str, right=None):
-        """right: what is right here, where two calls may have the same result; else no two have."""
-        what = f"the result of an earlier call, after the call {case}"
-        for before, copy, _ in self.kept:
-            expect.true(_alike(copy, before), what, "state", "as it was", "other numbers")
-        again = any(_alike(copy, got) and (right is None or not _alike(right, r)) for _, copy, r in self.kept)
-        expect.true(not again, f"the result {case}", "state", "a new result", "that of an earlier call")
-        self.kept.append((got, clone(got), right))
-        return got
 
 
 def _in_order(got, what: str, *single: bool) -> tuple:
