@@ -190,8 +190,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--length", type=int, default=64, help="tokens in a sequence")
     parser.add_argument("--batch", type=int, default=1, help="sequences")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="on busy cores, 1 is faster"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON at the end")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     try:
         found = run(options.shape, options.rank, options.length, options.batch)
     except (TooLarge, ValueError) as error:
