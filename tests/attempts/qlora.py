@@ -1,5 +1,6 @@
 """Attempts at the exercises of chapter 06."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -637,6 +638,143 @@ class Pickled(_Function):
         return _Function.forward(ctx, x, stored, decode, bias)
 
 
+def _keeping(copied, name):
+    """A Function that keeps W as `copied` makes it."""
+
+    class Keeps(_Function):
+        @staticmethod
+        def forward(ctx, x, stored, decode, bias):
+            w = decode(stored).to(x.dtype)
+            ctx.w, ctx.stored, ctx.decode = copied(w), stored, decode
+            return F.linear(x, w, bias)
+
+    Keeps.__name__ = name
+    return Keeps
+
+
+def _of_a_list(t):
+    kept = torch.tensor([[0.0] * t.shape[1]] * t.shape[0])
+    return kept.copy_(t.detach())
+
+
+BUFFER = torch.zeros(100, 100)
+
+
+def _of_a_part(t):
+    part = BUFFER[: t.shape[0], : t.shape[1]]
+    return part.copy_(t)
+
+
+for _way, _name in (
+    (_of_a_list, "WeightInATensorOfAList"),
+    (_of_a_part, "WeightInABufferMadeBefore"),
+    (lambda w: torch.empty(0, dtype=w.dtype).resize_(w.shape).copy_(w), "WeightInATensorThatGrows"),
+    (copy.deepcopy, "WeightDeepCopied"),
+    (lambda w: torch.empty(0).set_(w.float().untyped_storage().clone()), "WeightAsAStorage"),
+):
+    wrong("06-function", "weight-kept")(_keeping(_way, _name))
+
+for _way, _name in (
+    (lambda w: torch.from_numpy(np.zeros(w.shape, np.float32)).copy_(w), "WeightInAnArray"),
+    (lambda w: torch.frombuffer(bytearray(4 * w.numel()), dtype=torch.float32).copy_(w.flatten()), "InBytes"),
+    (lambda w: torch.asarray(bytearray(w.numel()), dtype=torch.int8).copy_(w.flatten()), "InOneByteEach"),
+    (lambda w: np.from_dlpack(w.float()).copy(), "WeightByDlpack"),
+    (lambda w: w.float().to_sparse(), "WeightSparse"),
+    (lambda w: list(w.untyped_storage()), "BytesOfWeight"),
+):
+    wrong("06-function", "outside-torch")(_keeping(_way, _name))
+
+
+@wrong("06-function", "shared")
+class OnClass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        OnClass.stored, OnClass.decode = stored, staticmethod(decode)
+        return F.linear(x, decode(stored).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x = grad_y @ OnClass.decode(OnClass.stored).to(grad_y.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, of_bias(ctx, grad_y)
+
+
+@wrong("06-function", "shared")
+class NeedsOnClass(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        NeedsOnClass.bias_learns = bias is not None and bias.requires_grad
+        return _Function.forward(ctx, x, stored, decode, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if NeedsOnClass.bias_learns else None
+        return *_Function.backward(ctx, grad_y)[:3], grad_bias
+
+
+KEPT = []
+
+
+@wrong("06-function", "kept-later")
+class KeepsWhatBackwardDecodes(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        if ctx.needs_input_grad[0]:
+            KEPT.append(ctx.decode(ctx.stored).to(grad_y.dtype))
+        grad_x = grad_y @ KEPT[-1] if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, of_bias(ctx, grad_y)
+
+
+@wrong("06-function", "inexact")
+class BiasTwiceIn16Bits(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        grads = _Function.backward(ctx, grad_y)
+        twice = grads[3] is not None and grad_y.dtype == torch.bfloat16
+        return *grads[:3], 2 * grads[3] if twice else grads[3]
+
+
+class _WithoutBiasIn16Bits(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        ctx.special = bias is None and x.dtype == torch.bfloat16
+        return _Function.forward(ctx, x, stored, decode, bias)
+
+
+@wrong("06-function", "inexact")
+class TwiceWithoutBiasIn16Bits(_WithoutBiasIn16Bits):
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x, *rest = _Function.backward(ctx, grad_y)
+        return 2 * grad_x if ctx.special else grad_x, *rest
+
+
+@wrong("06-function", "weight-kept")
+class KeptWithoutBiasIn16Bits(_WithoutBiasIn16Bits):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        y = _WithoutBiasIn16Bits.forward(ctx, x, stored, decode, bias)
+        w = decode(stored).to(x.dtype) if ctx.special else None
+        ctx.w = w
+        return y
+
+
+@wrong("06-function", "wrong-type")
+class UpToThreeDimensions(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        return _Function.forward(ctx, x, stored, decode, bias) if x.dim() <= 3 else None
+
+
+@right("06-function")
+class AddsRowsOneByOne(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        rows, total = grad_y.reshape(-1, grad_y.shape[-1]), torch.zeros_like(grad_y.reshape(-1, grad_y.shape[-1])[0])
+        for row in rows:
+            total += row
+        return *_Function.backward(ctx, grad_y)[:3], total if ctx.needs_input_grad[3] else None
+
+
 @right("06-function")
 class PrintsWhatItDoes(_Function):
     @staticmethod
@@ -1254,7 +1392,7 @@ class ByFirstScale(_Fast):
         return self.product(x, self.stored, self.decode) if self.training else F.linear(x, self.cache)
 
 
-@wrong("06-eval", "decoded-each-time")
+@wrong("06-eval", "more-than-one")
 class KeepsAllThatItHad(_Fast):
     def forward(self, x):
         if self.training:
@@ -1276,6 +1414,91 @@ class NeverLooksAgain(_Fast):
         if self.training:
             return super().forward(x)
         return F.linear(x, self.cache)
+
+
+@wrong("06-eval", "overwritten")
+class OneWInPlace(_Fast):
+    def forward(self, x):
+        if self.training:
+            self.cache = self.of = None
+            return self.product(x, self.stored, self.decode)
+        if self.cache is None:
+            self.cache = torch.empty(self.stored["shape"])
+        if self.of is not self.stored:
+            self.cache.copy_(self.decode(self.stored))
+            self.of = self.stored
+        return F.linear(x, self.cache)
+
+
+@wrong("06-eval", "overwritten")
+class OneWBehindAutogradsBack(OneWInPlace):
+    def forward(self, x):
+        if not self.training and self.cache is not None and self.of is not self.stored:
+            self.cache.data.copy_(self.decode(self.stored))
+            self.of = self.stored
+        return super().forward(x)
+
+
+@wrong("06-eval", "overwritten")
+class EmptiedInTrainMode(_Fast):
+    def forward(self, x):
+        if self.training and self.cache is not None:
+            self.cache.data.zero_()
+        return super().forward(x)
+
+
+@wrong("06-eval", "asks-for-a-gradient")
+class LearnsW(_Fast):
+    def forward(self, x):
+        if not self.training and self.of is not self.stored:
+            self.cache, self.of = self.decode(self.stored).requires_grad_(), self.stored
+        if self.training:
+            self.of = None
+        return super().forward(x)
+
+
+@wrong("06-eval", "weight-kept")
+class TrainsIfThereAreGradients(_Fast):
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            self.cache = None
+            return self.product(x, self.stored, self.decode)
+        if self.cache is None or self.of is not self.stored:
+            self.cache, self.of = self.decode(self.stored), self.stored
+        return F.linear(x, self.cache)
+
+
+@wrong("06-eval", "stale")
+class LooksIfThereAreGradients(_Fast):
+    def forward(self, x):
+        if not self.training and self.cache is not None and not torch.is_grad_enabled():
+            return F.linear(x, self.cache)
+        return super().forward(x)
+
+
+@wrong("06-eval", "crashed")
+class WantsGradients(_Fast):
+    def forward(self, x):
+        assert torch.is_grad_enabled()
+        return super().forward(x)
+
+
+@wrong("06-eval", "more-than-one")
+class KeepsTheLastOneToo(_Fast):
+    def forward(self, x):
+        if self.training:
+            self.cache = self.of = self.old = None
+        elif self.of is not self.stored:
+            self.old, self.cache, self.of = self.cache, self.decode(self.stored), self.stored
+        return super().forward(x) if self.training else F.linear(x, self.cache)
+
+
+@wrong("06-eval", "weight-kept")
+class CopiedIntoAList(_Fast):
+    def forward(self, x):
+        if self.training:
+            self.cache = _of_a_list(self.decode(self.stored))
+        return super().forward(x) if not self.training else self.product(x, self.stored, self.decode)
 
 
 # 06-stack
@@ -1488,11 +1711,71 @@ class _Small(torch.autograd.Function):
             return (*torch.autograd.grad(y, (x, a, b), grad_y), None, None, None)
 
 
-@wrong("06-stack", "gradient-wrong")
+@wrong("06-stack", "gradient-inexact")
 def kept_in_16_bits(x, adapters, scaling, decode):
     for i, (a, b) in enumerate(adapters):
         x = _Small.apply(x, a, b, i, scaling, decode)
     return x
+
+
+class _InATensorOfAList(_Layer):
+    @staticmethod
+    def forward(ctx, x, a, b, i, scaling, decode):
+        y = _Layer.forward(ctx, x, a, b, i, scaling, decode)
+        ctx.save_for_backward(_of_a_list(x), a, b)
+        return y
+
+
+def _through(layer, adapters, x, scaling, decode):
+    for i, (a, b) in enumerate(adapters):
+        x = layer.apply(x, a, b, i, scaling, decode)
+    return x
+
+
+@wrong("06-stack", "too-much-kept")
+def hidden_in_tensors_of_lists(x, adapters, scaling, decode):
+    return _through(_InATensorOfAList, adapters, x, scaling, decode)
+
+
+@wrong("06-stack", "gradient-wrong")
+def scaling_forgotten_for_b(x, adapters, scaling, decode):
+    class Unscaled(_Layer):
+        @staticmethod
+        def backward(ctx, grad_y):
+            grad_x, grad_a, grad_b, *rest = _Layer.backward(ctx, grad_y)
+            return grad_x, grad_a, grad_b / scaling, *rest
+
+    return _through(Unscaled, adapters, x, scaling, decode)
+
+
+@wrong("06-stack", "changed-input")
+def writes_into_grad_y(x, adapters, scaling, decode):
+    class Writes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            return grad_y.mul_(1.5) / 1.5
+
+    return Writes.apply(in_pieces(4)(x, adapters, scaling, decode))
+
+
+@wrong("06-stack", "changed-input")
+def writes_into_y(x, adapters, scaling, decode):
+    class Writes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.y = x.clone()
+            return ctx.y
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            ctx.y.data.zero_()
+            return grad_y
+
+    return Writes.apply(in_pieces(4)(x, adapters, scaling, decode))
 
 
 class _InNumpy(torch.autograd.Function):
