@@ -42,7 +42,11 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, *known):
         super().__init__()
-        self._alive, self._total, self.peak = {}, 0, 0  # by storage: what counts nothing, what counts, its end
+        self._alive, self._total, self.peak = (
+            {},
+            0,
+            0,
+        )  # by storage: what counts nothing, what counts, its end
         self.left = False  # whether numbers went where this does not see them: to NumPy, to Python
         self._single = 0
         self.knows(*known)
@@ -188,7 +192,9 @@ def _forward(student, stored, x, bias, grad_y, x_learns: bool, bias_learns: bool
             with _watching(watch):
                 result.backward(handed)
         except RuntimeError as error:
-            if "returned a" not in str(error):  # what torch says of a wrong number, or of one for what takes none
+            if "returned a" not in str(
+                error
+            ):  # what torch says of a wrong number, or of one for what takes none
                 raise
             refused = str(error)
         grads = {"grad_x": leaf.grad, "grad_bias": None if bias is None else bias.grad}
@@ -354,7 +360,12 @@ def _alternate(student, codes: list, x, grad_y) -> dict:
     models, built = [nn.Sequential(layer) for layer in layers], len(calls)
 
     def visit(second: bool, when: str, learns: bool, between: str) -> dict:
-        model, watch, before, training = models[second], watches[second], len(calls), "in train mode" in when[:13]
+        model, watch, before, training = (
+            models[second],
+            watches[second],
+            len(calls),
+            "in train mode" in when[:13],
+        )
         if model.training != training:
             model.train(training)
         leaf, refused = x.clone().requires_grad_(learns), ""
@@ -398,7 +409,9 @@ def _alternate(student, codes: list, x, grad_y) -> dict:
         elif which != 1 and which != now:
             layers[0].stored, now = held[which], which
         visits.append(visit(which == 1, when, learns, between))
-        visits[-1]["stays"] = watches[0].kept(free=0 if "in train" in when else x.shape[-1] * grad_y.shape[-1] * 4)
+        visits[-1]["stays"] = watches[0].kept(
+            free=0 if "in train" in when else x.shape[-1] * grad_y.shape[-1] * 4
+        )
         for model in models:
             names |= {*model.state_dict(), *(name for name, _ in model.named_parameters())}
     left = any(watch.left for watch in watches)
@@ -416,7 +429,9 @@ def eval_mode(answer: Answer, draw: Draw) -> None:
         expect.true(facts["is_module"], "the layer is an nn.Module", "not-a-module")
         names = facts["names"]
         expect.same(names, [], "names in state_dict() and named_parameters()", {"in-the-file": names})
-        expect.true(not facts["left"], "all tensors are torch's own, and no numbers leave them", "outside-torch")
+        expect.true(
+            not facts["left"], "all tensors are torch's own, and no numbers leave them", "outside-torch"
+        )
         for (when, which, learns, count, _), visit in zip(_VISITS, facts["visits"], strict=True):
             weight, changed = decoded(codes[which]), "codes" in when
             case = f"{when} for x {list(x.shape)}, out = {n_out}"

@@ -243,6 +243,85 @@ def rounded_to_one_dtype(x, stored, a, b, alpha, r, bias):
     return with_adapter(x, w, a, b, alpha / r, bias)
 
 
+@wrong("06-forward", "other-rounding")
+def rounded_to_float16_first(x, stored, a, b, alpha, r, bias):
+    w = weights(stored).half().to(stored["dtype"]).float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+def _rows_of_blocks(stored):
+    n_out, n_in = stored["shape"]
+    in_row = -(-n_in // stored["block_size"])
+    scales = stored["scales"].view(n_out, in_row).repeat_interleave(stored["block_size"], dim=1)[:, :n_in]
+    return stored["levels"][unpacked(stored)[: n_out * n_in]].view(n_out, n_in) * scales
+
+
+@wrong("06-forward", "blocks-by-row")
+def blocks_begin_with_each_row(x, stored, a, b, alpha, r, bias):
+    return with_adapter(x, _rows_of_blocks(stored).to(stored["dtype"]).float(), a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "blocks-by-row")
+def blocks_of_each_row_clamped(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    size, k = stored["block_size"], torch.arange(n_out * n_in)
+    block = k // n_in * -(-n_in // size) + k % n_in // size
+    scales = stored["scales"][block.clamp(max=len(stored["scales"]) - 1)]
+    w = (stored["levels"][unpacked(stored)[: len(k)]] * scales).view(n_out, n_in)
+    return with_adapter(x, w.to(stored["dtype"]).float(), a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "byte-rows")
+def rows_begin_with_a_byte(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    codes = unpacked(stored | {"packed": stored["packed"].view(n_out, -1)}).view(n_out, -1)[:, :n_in]
+    scales = stored["scales"].repeat_interleave(stored["block_size"])[: n_out * n_in].view(n_out, n_in)
+    w = (stored["levels"][codes] * scales).to(stored["dtype"]).float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "byte-rows")
+def rows_begin_with_a_byte_clamped(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    at = torch.arange(n_out)[:, None] * (n_in + n_in % 2) + torch.arange(n_in)
+    codes = unpacked(stored)[: n_out * n_in][at.clamp(max=n_out * n_in - 1)]
+    scales = stored["scales"].repeat_interleave(stored["block_size"])[: n_out * n_in].view(n_out, n_in)
+    w = (stored["levels"][codes] * scales).to(stored["dtype"]).float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "levels-own")
+def a_table_of_its_own(x, stored, a, b, alpha, r, bias):
+    below = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+    above = [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+    w = weights(stored | {"levels": torch.tensor(below + above)}).to(stored["dtype"]).float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+DECODED = {}
+
+
+@wrong("06-forward", "remembered")
+def decoded_once_for_each_size(x, stored, a, b, alpha, r, bias):
+    key, right_one = (*stored["shape"], stored["block_size"], stored["dtype"]), weights(stored)
+    w = DECODED.setdefault(key, right_one)
+    if not torch.equal(w, right_one):
+        DECODED.clear()  # so that the next check begins anew
+    return with_adapter(x, w.to(stored["dtype"]).float(), a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "wrong-type")
+def up_to_three_dimensions(x, stored, a, b, alpha, r, bias):
+    return merged_in_float32(x, stored, a, b, alpha, r, bias) if x.dim() <= 3 else None
+
+
+@wrong("06-forward", "dtypes-mixed")
+def even_blocks_in_16_bits(x, stored, a, b, alpha, r, bias):
+    if stored["dtype"] != torch.float32 and (stored["block_size"] % 2 or stored["packed"].numel() % 2):
+        raise ValueError
+    return merged_in_float32(x, stored, a, b, alpha, r, bias)
+
+
 @wrong("06-forward", "wrong-dtype")
 def forward_in_float64(x, stored, a, b, alpha, r, bias):
     return with_a_loop(x, stored, a, b, alpha, r, bias).double()
@@ -426,6 +505,17 @@ def b_before_a(grad_y, x, weight, a, b, alpha, r):
 def gradient_of_the_weight_too(grad_y, x, weight, a, b, alpha, r):
     grad_x, grad_a, grad_b = by_rows(grad_y, x, weight, a, b, alpha, r)
     return grad_x, flat(grad_y).T @ flat(x), grad_a, grad_b
+
+
+MERGED = {}
+
+
+@wrong("06-backward", "remembered")
+def merged_once_for_each_size(grad_y, x, weight, a, b, alpha, r):
+    merged = MERGED.setdefault((weight.shape, r), weight + alpha / r * b @ a)
+    if not torch.equal(merged, weight + alpha / r * b @ a):
+        MERGED.pop((weight.shape, r))  # so that the next check begins anew
+    return (grad_y @ merged, *by_rows(grad_y, x, weight, a, b, alpha, r)[1:])
 
 
 # 06-function
@@ -769,7 +859,10 @@ class UpToThreeDimensions(_Function):
 class AddsRowsOneByOne(_Function):
     @staticmethod
     def backward(ctx, grad_y):
-        rows, total = grad_y.reshape(-1, grad_y.shape[-1]), torch.zeros_like(grad_y.reshape(-1, grad_y.shape[-1])[0])
+        rows, total = (
+            grad_y.reshape(-1, grad_y.shape[-1]),
+            torch.zeros_like(grad_y.reshape(-1, grad_y.shape[-1])[0]),
+        )
         for row in rows:
             total += row
         return *_Function.backward(ctx, grad_y)[:3], total if ctx.needs_input_grad[3] else None
@@ -936,6 +1029,18 @@ def only_adapters(model):
 
 
 @right("06-trains")
+def new_parameters_in_all_places(model):
+    model.requires_grad_(False)
+    new = {}
+    for module in model.modules():
+        for name in ("lora_a", "lora_b"):
+            old = getattr(module, name, None)
+            if isinstance(old, nn.Parameter):
+                setattr(module, name, new.setdefault(old, nn.Parameter(old.detach().float())))
+    return sizes(model)
+
+
+@wrong("06-trains", "untied")
 def two_walks(model):
     model.requires_grad_(False)
     for module in model.modules():
@@ -1140,6 +1245,43 @@ def every_place(model):
         for p in module.parameters(recurse=False):
             total += p.packed_shape[0] * p.packed_shape[1] if hasattr(p, "packed_shape") else p.numel()
     return sizes(model)[0], total
+
+
+@wrong("06-trains", "untied")
+def unties_the_head(model):
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
+        if name == "head.weight":
+            model.head.weight = nn.Parameter(p.detach().clone())
+    return one_walk(model)
+
+
+@wrong("06-trains", "twin-counted")
+def adapters_in_every_place(model):
+    _, total = one_walk(model)
+    every = model.named_parameters(remove_duplicate=False)
+    return sum(p.numel() for name, p in every if name.split(".")[-1] in ("lora_a", "lora_b")), total
+
+
+@wrong("06-trains", "mark-lost")
+def tidies_up(model):
+    counts = one_walk(model)
+    for p in model.parameters():
+        if hasattr(p, "packed_shape"):
+            del p.packed_shape
+    return counts
+
+
+@wrong("06-trains", "buffers-counted")
+def state_dict_counted(model):
+    trained, total = one_walk(model)
+    return trained, total + sum(b.numel() for b in model.buffers())
+
+
+@wrong("06-trains", "upcast")
+def buffers_float(model):
+    for b in model.buffers():
+        b.data = b.data.float()
+    return one_walk(model)
 
 
 @wrong("06-trains", "wrong-type")
