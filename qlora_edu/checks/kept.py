@@ -165,7 +165,7 @@ def _use_function(student, products: list[tuple]) -> list[dict] | None:
     """
     if not (isinstance(student, type) and issubclass(student, torch.autograd.Function)):
         return None
-    begun = [_forward(student, *product) for product in products]
+    begun = [_forward(student, *asked) for asked in products]
     return [found if back is None else found | back() for found, back in begun]
 
 
@@ -254,9 +254,9 @@ def _check_products(answer: Answer, products: list[tuple]) -> None:
     crash = "dtypes-mixed" if products[0][1].dtype == torch.bfloat16 else "shared" if several else None
     found = answer(products, crash=crash)
     expect.true(found is not None, "the class derives from torch.autograd.Function", "not-a-function")
-    for product, facts in zip(products, found, strict=True):
+    for asked, facts in zip(products, found, strict=True):
         try:
-            _check_product(facts, *product)
+            _check_product(facts, *asked)
         except expect.Wrong as wrong:
             if several:  # one of this size has been right alone
                 wrong.what += ", two forward passes before the two backward passes"

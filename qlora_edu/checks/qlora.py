@@ -37,7 +37,7 @@ def stored_matrix(draw: Draw, n_out: int, n_in: int, block_size: int = 8, dtype=
 def decoded(stored: dict, low_first: bool = False, blocks=None, places=None) -> Tensor:
     """W (out, in), float32, not rounded yet.
 
-    low_first, blocks, places: what known mistakes take for the order of codes, each weight's block, and its code's place.
+    low_first, blocks, places: what known mistakes take for the order of codes, a weight's block, its code's place.
     """
     count = math.prod(stored["shape"])
     shifts = (0, 4) if low_first else (4, 0)
@@ -169,11 +169,12 @@ def _check_forward(answer: Answer, draw: Draw, leading, n_out, n_in, block_size,
     # First whatever no rounding explains, wherever it is done; then the roundings.
     sizes = (rows.abs() @ (exact.double().abs() + low_rank.abs()).T).reshape(shape)
     coarse = within + 4 * torch.finfo(torch.float16 if dtype == torch.float32 else dtype).eps * sizes
-    right, others = output(weight), {}
-    for mistake, some in wrong.items():  # a mistake that makes no difference here explains nothing
-        some = some if isinstance(some, list) else [some]
-        others |= {mistake: w for w in some if relative_error(w, right) > 1e-2 and like(y, {mistake: w})}
-    expect.close(y, right, what, coarse, dict.fromkeys(others, y))
+    right, fits = output(weight), []
+    for mistake, some in wrong.items():
+        for one in some if isinstance(some, list) else [some]:
+            differs = relative_error(one, right) > 1e-2  # else it explains nothing here
+            fits += [mistake] if differs and like(y, {mistake: one}) else []
+    expect.close(y, right, what, coarse, dict.fromkeys(fits, y))
     expect.tensor(y, what, dtype=torch.float32)
     early = stored | {name: stored[name].to(dtype) for name in ("levels", "scales")}
     half = rows.to(dtype)

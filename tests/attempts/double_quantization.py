@@ -430,7 +430,7 @@ def short_block_unguarded(scales, levels, size):
 
 @wrong("05-quantize-scales", "small-scales")
 def clamped_at_1e12(scales, levels, size):
-    codes, absmax, offset = _quantized(scales, levels, size)
+    _, absmax, offset = _quantized(scales, levels, size)
     x = (scales - offset) / absmax.clamp(min=1e-12).repeat_interleave(size)[: len(scales)]
     return _nearest(x, levels).byte(), absmax, offset
 
