@@ -48,7 +48,7 @@ class _Watch(TorchDispatchMode):
             0,
         )  # by storage: what counts nothing, what counts, its end
         self.left = False  # whether numbers went where this does not see them: to NumPy, to Python
-        self._single = 0
+        self._single, self._hopeless = 0, False
         self.knows(*known)
 
     def knows(self, *values) -> None:
@@ -92,8 +92,9 @@ class _Watch(TorchDispatchMode):
             alive = [(free, end()) for key, (free, _, end) in list(self._alive.items()) if key not in own]
             return sum(storage.nbytes() - free for free, storage in alive if storage is not None)
 
-        if count() > free:
+        if count() > free and not self._hopeless:
             gc.collect()
+            self._hopeless = count() > free  # refused; to collect takes long, so once is enough
         return count()
 
 
