@@ -6,6 +6,7 @@ block's largest |scale - offset|; a scale comes back as levels[code] * absmax + 
 
 import json
 import math
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -18,12 +19,31 @@ from qlora_edu.checks.exercise import Answer, Score, exercise
 EPSILON = expect.EPSILON
 
 
+@contextmanager
+def once_more():
+    """Around what has been right before with other numbers of the same sizes: what is wrong now was remembered."""
+    try:
+        yield
+    except expect.Wrong as wrong:
+        wrong.mistake = "remembered"
+        wrong.what += ", the second time with these sizes"
+        raise
+
+
 def _numbers(
-    got, right: list, what: str, within: list, wrong: dict[str, list[list]], more=1e-12, otherwise=None
+    got,
+    right: list,
+    what: str,
+    within: list,
+    wrong: dict[str, list[list]],
+    more=1e-12,
+    otherwise=None,
+    unique=False,
 ) -> None:
     """Refuse unless these are the right numbers.
 
-    wrong: by mistake, what it gives, to a part `more` of it. otherwise: the mistake if none of them fits.
+    wrong: by mistake, what it gives, to a part `more` of it. otherwise: the mistake if none of them fits; or, if it
+    must be `unique`, several.
     """
     got = expect.parts(got, what, len(right))
     got = [math.inf if isinstance(v, int) and abs(v) > 2**1000 else v for v in got]  # no float holds it
@@ -39,7 +59,8 @@ def _numbers(
         # A mistake that makes no difference here explains nothing.
         fits = [name for name, w in lists if near(w, more) and not ((w - right).abs() <= within).all()]
         shown = (", ".join(map(expect.show, values.tolist())) for values in (right, got))
-        expect.fail(what, *shown, fits[0] if fits else otherwise)
+        named = fits[0] if fits and not (unique and len(set(fits)) > 1) else otherwise
+        expect.fail(what, *shown, named)
 
 
 def _double(numbers: list) -> Tensor:
@@ -65,7 +86,10 @@ def bits(answer: Answer, draw: Draw) -> None:
             "scales-in-32-bits": [right + 24 * blocks],
             "groups-of-weights": [right + 32 * (-(-n // second) - groups)],
             "offset-per-block": [right - 32 + 32 * groups, right - 32 + 32 * blocks],
-            "tail-dropped": [codes + 8 * b + 32 * g + 32 for b, g in [*short, (blocks, blocks // second)]],
+            "tail-dropped": [
+                codes + 8 * b + 32 * g + 32
+                for b, g in [*short, (blocks, blocks // second), (n // first, groups)]
+            ],
             "offset-missing": [right - 32],
             "half-byte": [right + 4 * n - codes, right + 8 * (n // 2) - codes],
             "formula": [c + 8 * n / first + 32 * n / first / second + 32 for c in (codes, 4 * n)],
@@ -75,9 +99,9 @@ def bits(answer: Answer, draw: Draw) -> None:
         what = f"bits per weight, for n = {n}, first = {first}, second = {second}"
         # Only divisions are not exact, and each one keeps 16 digits.
         otherwise = None if (n, first, second) == cases[0] else "rounding"
-        _numbers(
-            (answer(n, first, second),), [right / n], what, [1e-14 * right / n], lists, otherwise=otherwise
-        )
+        got, within = (answer(n, first, second),), [1e-14 * right / n]
+        # What is wrong everywhere was refused by the first cases; of one weight, much comes to the same.
+        _numbers(got, [right / n], what, within, lists, otherwise=otherwise, unique=blocks == 1)
 
 
 def _map(bits: int, points=None, top: int = 0) -> Tensor:
@@ -208,6 +232,13 @@ def _few(draw: Draw, n: int) -> Tensor:
     return (2**15 + b) / 2**12
 
 
+def _short_and_dead(draw: Draw) -> Tensor:
+    """Two blocks of 4 whose mean is exact in float32, and two scales more, which equal it."""
+    b = draw.integers(8, low=-900, high=900)
+    b[-1] -= b.sum()
+    return (2**15 + torch.cat([b, 0 * b[:2]])) / 2**12
+
+
 def _ordinary(draw: Draw) -> tuple[Tensor, int]:
     """An odd number of scales that no float32 arithmetic gives exactly, and a size; the last block is larger."""
     n, size = 2 * draw.whole(20, 45) + 1, draw.whole(7, 19)
@@ -229,11 +260,15 @@ def quantize_scales(answer: Answer, draw: Draw) -> None:
         (_near_middles(draw, dynamic, whole), dynamic, whole, 0),
         (torch.full((4,), 0.75), coarse[[0, 2, 4]], 2, 0),
         (_near_middles(draw, dynamic, whole, -28), dynamic, whole, -28),
+        (_near_middles(draw, dynamic, whole, -98), dynamic, whole, -98),
         (_with_ties(draw, 64, 20), coarse, 20, 0),
         (_with_ties(draw, 1024, 300), fine, 300, 0),
         (_near_middles(draw, seven**3, short), seven**3, short, 0),
         (_near_middles(draw, many, 48), many, 48, 0),
+        (_short_and_dead(draw), many, 4, 0),
         (_few(draw, 16), two, 1, 0),
+        (_few(draw, 16), many, 1, 0),
+        (_few(draw, 8), dynamic, 1, 0),
         (torch.full((1,), 0.75), fine, 256, 0),
         (ordinary, many, odd, 0),
     ]:
@@ -255,6 +290,10 @@ def _check_stored(answer: Answer, scales: Tensor, levels: Tensor, size: int, unk
     off = 0.0 if n & (n - 1) == 0 else n * EPSILON * s.abs().mean().item()
     crash = "tail-dropped" if n % size else "zero-block" if dead.any() else None
     got = expect.parts(answer(scales, levels, size, crash=crash), f"the result, {case}", 3)
+    one, other = (getattr(part, "shape", None) for part in got[1:])
+    swapped = one == () and other == (blocks,) and blocks > 1
+    what = f"the result, {case}: the absmax and the offset"
+    expect.true(not swapped, what, "wrong-type", "codes, absmax, offset", "codes, offset, absmax")
 
     lengths = {(n // size * size,): "tail-dropped", (blocks * size,): "padding-kept"}
     codes = expect.tensor(got[0], f"codes, {case}", (n,), torch.uint8, shape_mistakes=lengths).long()
@@ -374,7 +413,7 @@ def read_scales(answer: Answer, draw: Draw) -> None:
         each = _each(absmax, nested, blocks)
         level = tensors[".nested_quant_map"].double()[tensors[".absmax"].long()]
         right = level * each + offset
-        by_256, by_first = (absmax[torch.arange(blocks) // fixed % len(absmax)] for fixed in (256, size))
+        of_others = [absmax[torch.arange(blocks) // fixed % len(absmax)] for fixed in (256, size, 64)]
         ways = ((0, 1), (0, 255), (-127.5, 127.5), (-127, 127), (-128, 127), (-128, 128))
         weights, standard = getattr(torch, kind), _map(8)[tensors[".absmax"].long()]
         wrong = {
@@ -383,7 +422,7 @@ def read_scales(answer: Answer, draw: Draw) -> None:
             "offset-subtracted": level * each - offset,
             "absmax-in-turn": level * absmax.repeat(blocks)[:blocks] + offset,
             "one-absmax": [level * a + offset for a in (absmax[0], absmax.max())],
-            "wrong-blocksize": [level * a + offset for a in (by_256, by_first)],
+            "wrong-blocksize": [level * a + offset for a in of_others],
             "codes-as-numbers": [(numbers + a) / b * each + offset for a, b in ways],
             "dtype-of-the-weights": [
                 r
@@ -423,42 +462,53 @@ def mean(answer: Answer, draw: Draw) -> None:
         (3 - ordinary, _map(7), 64),
         (ordinary, _map(8), size),
         (ordinary[: draw.whole(2, 9)], _map(5), 64),
+        (ordinary[: 3 * size], _map(6), size),  # no block is short
+        (torch.cat([ordinary[:20], ordinary[-10:]]), _map(4) + 0.01, 1),
     ]
     # Two different scales: with the mean they come back exactly, in float32, but not with 16 bits on the way.
     # Without it the smaller one is near no level: the quotient lies between 0.38 and 0.48.
     middle = 2 * draw.whole(3000, 4095) + 1
     distance = 2 * int(middle * draw.number(0.18, 0.22)) + 1
     pair = middle + distance * (2 * (draw.permutation(n - n % 2) % 2) - 1)
-    pairs = [(layer, torch.arange(-3, 4) / 3, size) for layer in (pair / 1024, 2.0**-40 * pair)]
+    pairs = [(layer, torch.arange(-3, 4) / 3, size) for layer in (pair / 1024, 2.0**-62 * pair)]
     for layer, levels, size in [pairs[0], *layers, pairs[1]]:
-        small = layer.max() < 1e-6
-        scales = (
-            layer.float() if small else (1024 * layer).round() / 1024
-        )  # sums are exact in float32, in any order
-        s, m = scales.double(), scales.double().mean()
-        left = [_error(s, levels, size, offset) for offset in (0.0, m)]
-        one = [_error(s, levels, len(s), offset) for offset in (0.0, m)]
-        parts = [_error(s, levels, size, offset) for offset in _part_means(s, size)]
-        signed = [_error(s, levels, size, offset, torch.max) for offset in (0.0, m)]
-        right, part = [e.norm() / s.norm() for e in left], [e / s for e in left]
-        centred = [(s.norm(), (s - m).norm()), 2 * [(s - m).norm()]]
-        wrong = {
-            "swapped": [right[::-1]],
-            "squared": [[r**2 for r in right]],
-            "not-relative": [[f(e) for e in left] for f in (torch.norm, _size, lambda e: _size(e) ** 2)],
-            "wrong-norm": [[e.norm() / n for e, n in zip(left, norms, strict=True)] for norms in centred],
-            "mean-of-quotients": [[e.abs().mean() for e in part], [_size(e) for e in part]],
-            "offset-missing": [[right[0], (left[1] - m).norm() / s.norm()]],
-            "percent": [[100 * r for r in right]],
-            "one-absmax": [[e.norm() / s.norm() for e in one]],
-            "abs-missing": [[e.norm() / s.norm() for e in signed]],
-            "part-mean": [[right[0], e.norm() / s.norm()] for e in parts],
-        }
-        # Mean, absmax and what comes back are rounded some times, and a sum of n squares at most n times.
-        within = [8 * EPSILON + len(s) * EPSILON * r for r in right]
-        what = f"the errors without the mean and with it, for {len(s)} scales about {s.mean():.2g}, blocks of {size}"
-        got, otherwise = answer(scales, levels.float(), size), "small-scales" if small else "step-by-step"
-        _numbers(got, right, what, within, wrong, more=1e-4, otherwise=otherwise)
+        _check_mean(answer, layer, levels, size)
+    with once_more():
+        others = (_map(8) + draw.uniform(256, low=0, high=0.1)).sort().values
+        _check_mean(answer, ordinary[draw.permutation(n)], others, 256)
+
+
+def _check_mean(answer: Answer, layer: Tensor, levels: Tensor, size: int) -> None:
+    small = layer.max() < 1e-6
+    scales = (
+        layer.float() if small else (1024 * layer).round() / 1024
+    )  # sums are exact in float32, in any order
+    s, m = scales.double(), scales.double().mean()
+    left = [_error(s, levels, size, offset) for offset in (0.0, m)]
+    one = [_error(s, levels, len(s), offset) for offset in (0.0, m)]
+    parts = [_error(s, levels, size, offset) for offset in _part_means(s, size)]
+    signed = [_error(s, levels, size, offset, torch.max) for offset in (0.0, m)]
+    right, part = [e.norm() / s.norm() for e in left], [e / s for e in left]
+    centred = [(s.norm(), (s - m).norm()), 2 * [(s - m).norm()]]
+    wrong = {
+        "swapped": [right[::-1]],
+        "squared": [[r**2 for r in right]],
+        "not-relative": [[f(e) for e in left] for f in (torch.norm, _size, lambda e: _size(e) ** 2)],
+        "wrong-norm": [[e.norm() / n for e, n in zip(left, norms, strict=True)] for norms in centred],
+        "mean-of-quotients": [[e.abs().mean() for e in part], [_size(e) for e in part]],
+        "offset-missing": [[right[0], (left[1] - m).norm() / s.norm()]],
+        "percent": [[100 * r for r in right]],
+        "one-absmax": [[e.norm() / s.norm() for e in one]],
+        "abs-missing": [[e.norm() / s.norm() for e in signed]],
+        "part-mean": [[right[0], e.norm() / s.norm()] for e in parts],
+    }
+    # Mean, absmax and what comes back are rounded some times, and a sum of n squares at most n times.
+    within = [8 * EPSILON + len(s) * EPSILON * r for r in right]
+    what = (
+        f"the errors without the mean and with it, for {len(s)} scales about {s.mean():.2g}, blocks of {size}"
+    )
+    got, otherwise = answer(scales, levels.float(), size), "small-scales" if small else "step-by-step"
+    _numbers(got, right, what, within, wrong, more=1e-4, otherwise=otherwise)
 
 
 def _size(e: Tensor) -> Tensor:
@@ -478,7 +528,7 @@ def _opened(got, n: int) -> tuple[Tensor, int]:
     codes, bits, size, levels, step, start = expect.parts(got, "the result", 6)
     for name, value, least, most in (("bits", bits, 2, 8), ("size", size, 1, n)):
         fits = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-        expect.true(fits, f"{name}, a whole number", "wrong-type", f"{least} to {most}", value)
+        expect.true(fits, f"{name}, an int", "wrong-type", f"an int, {least} to {most}", repr(value)[:80])
     known = levels in ("even", "dynamic")
     expect.true(known, "the name of the levels", "wrong-type", "even or dynamic", levels)
     expect.tensor(codes, "codes", (n,), torch.uint8)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qlora_edu.checks import expect
-from qlora_edu.checks.attempt import clone, plain
+from qlora_edu.checks.attempt import clone, plain, unchanged
+from qlora_edu.checks.double_quantization import once_more
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, Score, exercise
 
@@ -28,72 +29,85 @@ def adamw(answer: Answer, draw: Draw) -> None:
     """`f(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay)`: new p, m and v, float32."""
     late = [((2, 1, 3, 2), draw.whole(60, 150)), ((3, 4), draw.whole(300, 1000))]
     for shape, t in (((7,), 3), ((5, 3), 2), ((), 4), ((1,), 1), ((2, 3, 4), 1), ((6, 2), 40), *late):
-        p, g, m, v = (draw.normal(*shape).transpose(0, -1) for _ in range(4))  # not contiguous
-        m, v = (0.5 * m, v**2) if t > 1 else (0 * m, 0 * v)
-        g = torch.where(g.abs() < 0.1, 0 * g, g)
-        b1, b2, decay = draw.number(0.7, 0.9), draw.number(0.93, 0.98), draw.number(0.2, 0.4)
-        if not shape:  # 1 - β is not 1 % β
-            b1, b2 = draw.number(0.2, 0.45), draw.number(0.3, 0.45)
-        if t > 50:  # so slow that the corrections still show
-            b1, b2 = draw.number(0.97, 0.99), draw.number(0.995, 0.999)
-        lr, eps = draw.number(0.05, 0.1), draw.number(0.03, 0.1)
-        case = f"for shape {tuple(p.shape)}, t = {t}"
-        got = answer(p, g, m, v, t, lr, b1, b2, eps, decay, crash="t-shifted" if t == 1 else None)
-        got = expect.parts(got, f"the result {case}", 3)
-        if not shape:  # NumPy makes numbers of arrays without dimensions
-            got = [torch.tensor(x) if isinstance(x, float) else x for x in got]
+        _check_adamw(answer, draw, shape, t)
+    with once_more():
+        _check_adamw(answer, draw, (5, 3), draw.whole(2, 4))
+    for zero in ("lr", "β₁", "weight_decay"):
+        _check_adamw(answer, draw, (3, 2), 2, zero)
 
-        p, g, m, v = p.double(), g.double(), m.double(), v.double()
-        new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
-        c1, c2 = 1 - b1**t, 1 - b2**t
 
-        def but(m=new_m, v=new_v, c1=c1, c2=c2, lr=lr, eps=eps, decay=decay, p=p) -> Tensor:
-            return _moved(p, m, v, c1, c2, lr, eps, decay)
+def _check_adamw(answer: Answer, draw: Draw, shape: tuple, t: int, zero: str = "") -> None:
+    p, g, m, v = (draw.normal(*shape).transpose(0, -1) for _ in range(4))  # not contiguous
+    m, v = (0.5 * m, v**2) if t > 1 else (0 * m, 0 * v)
+    g = torch.where(g.abs() < 0.1, 0 * g, g)
+    b1, b2, decay = draw.number(0.7, 0.9), draw.number(0.93, 0.98), draw.number(0.2, 0.4)
+    if not shape:  # 1 - β is not 1 % β
+        b1, b2 = draw.number(0.2, 0.45), draw.number(0.3, 0.45)
+    if t > 50:  # so slow that the corrections still show
+        b1, b2 = draw.number(0.97, 0.99), draw.number(0.995, 0.999)
+    lr, eps = draw.number(0.05, 0.1), draw.number(0.03, 0.1)
+    lr, b1, decay = (
+        0.0 if zero == "lr" else lr,
+        0.0 if zero == "β₁" else b1,
+        0.0 if zero[:1] == "w" else decay,
+    )
+    case = f"for shape {tuple(p.shape)}, t = {t}" + (f", {zero} = 0" if zero else "")
+    got = answer(
+        p, g, m, v, t, lr, b1, b2, eps, decay, crash="t-shifted" if t == 1 else None, fresh=bool(zero)
+    )
+    got = expect.parts(got, f"the result {case}", 3)
+    if not shape:  # NumPy makes numbers of arrays without dimensions
+        got = [torch.tensor(x) if isinstance(x, float) else x for x in got]
 
-        new_p = but()
-        # A few roundings of each term. 1 - β, if it was taken in float32, is off by half an eps, however small it is.
-        e, step = 4 * expect.EPSILON, p * (1 - lr * decay) - new_p
-        error_m, error_v, root = e * (m.abs() + g.abs()), e * (v + g**2), (new_v / c2).sqrt()
-        # The power of a β in float32 is off by t roundings.
-        e1, e2 = (e + t * expect.EPSILON * b**t for b in (b1, b2))
-        error_root = 2 * (((new_v + error_v) / c2).sqrt() - root) + e2 / c2 * root
-        error_p = lr * error_m / c1 / (root + eps) + step.abs() * (
-            2 * e + e1 / c1 + error_root / (root + eps)
-        )
-        wrong_m = {
-            "states-old": m,
-            "decay-coupled": b1 * m + (1 - b1) * (g + decay * p),
-            "betas-swapped": b2 * m + (1 - b2) * g,
-            "weights-swapped": [(1 - b1) * m + b1 * g, b1 * m + g],
-            "corrected-kept": new_m / c1,
-        }
-        wrong_v = {
-            "states-old": v,
-            "betas-swapped": b1 * v + (1 - b1) * g**2,
-            "weights-swapped": [(1 - b2) * v + b2 * g**2, b2 * v + g**2],
-            "corrected-kept": new_v / c2,
-            "not-squared": [b2 * v + (1 - b2) * g, b2 * v + (1 - b2) * g.abs()],
-        }
-        wrong_p = {
-            "correction-missing": [but(c1=1, c2=1), but(c1=1), but(c2=1)],
-            "t-shifted": [but(c1=1 - b1**s, c2=1 - b2**s) for s in (t - 1, t + 1) if s],
-            "t-forgotten": [but(c1=one, c2=two) for one in (c1, 1 - b1) for two in (c2, 1 - b2)],
-            "betas-swapped": [but(c2=c1), but(c1=c2), but(c1=c2, c2=c1)],
-            "root-missing": but(v=(new_v / c2) ** 2 * c2),
-            "decay-wrong": [but(decay=d) for d in (-decay, decay / lr, 0, decay * lr)],
-            "decay-late": new_p + lr * decay * step,
-            "eps-misplaced": [
-                *(but(v=new_v + eps * c2, eps=0), but(v=new_v + eps, eps=0), but(eps=eps / c2**0.5)),
-                but(eps=0) - lr * eps,
-            ],
-            "eps-missing": [but(eps=some) for some in (0, 1e-8, 1e-6)],
-            "states-old": [but(m=m, v=v), but(m=m), but(v=v)],
-            "uphill": but(lr=-lr, decay=-decay),
-        }
-        # Where m and g are zero nothing is allowed; a little is, so that a decay in g is still recognised.
-        expect.close(got[1], new_m, f"the new m, {case}", error_m + e / 10, wrong_m, torch.float32)
-        expect.close(got[2], new_v, f"the new v, {case}", error_v, wrong_v, torch.float32)
-        expect.close(got[0], new_p, f"the new p, {case}", error_p + e * p.abs(), wrong_p, torch.float32)
+    p, g, m, v = p.double(), g.double(), m.double(), v.double()
+    new_m, new_v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+    c1, c2 = 1 - b1**t, 1 - b2**t
+
+    def but(m=new_m, v=new_v, c1=c1, c2=c2, lr=lr, eps=eps, decay=decay, p=p) -> Tensor:
+        return _moved(p, m, v, c1, c2, lr, eps, decay)
+
+    new_p = but()
+    # A few roundings of each term. 1 - β, if it was taken in float32, is off by half an eps, however small it is.
+    e, step = 4 * expect.EPSILON, p * (1 - lr * decay) - new_p
+    error_m, error_v, root = e * (m.abs() + g.abs()), e * (v + g**2), (new_v / c2).sqrt()
+    # The power of a β in float32 is off by t roundings.
+    e1, e2 = (e + t * expect.EPSILON * b**t for b in (b1, b2))
+    error_root = 2 * (((new_v + error_v) / c2).sqrt() - root) + e2 / c2 * root
+    error_p = lr * error_m / c1 / (root + eps) + step.abs() * (2 * e + e1 / c1 + error_root / (root + eps))
+    wrong_m = {
+        "states-old": m,
+        "decay-coupled": b1 * m + (1 - b1) * (g + decay * p),
+        "betas-swapped": b2 * m + (1 - b2) * g,
+        "weights-swapped": [(1 - b1) * m + b1 * g, b1 * m + g],
+        "corrected-kept": new_m / c1,
+    }
+    wrong_v = {
+        "states-old": v,
+        "betas-swapped": b1 * v + (1 - b1) * g**2,
+        "weights-swapped": [(1 - b2) * v + b2 * g**2, b2 * v + g**2],
+        "corrected-kept": new_v / c2,
+        "not-squared": [b2 * v + (1 - b2) * g, b2 * v + (1 - b2) * g.abs()],
+    }
+    wrong_p = {
+        "correction-missing": [but(c1=1, c2=1), but(c1=1), but(c2=1)],
+        "t-shifted": [but(c1=1 - b1**s, c2=1 - b2**s) for s in (t - 1, t + 1) if s],
+        "t-forgotten": [but(c1=one, c2=two) for one in (c1, 1 - b1) for two in (c2, 1 - b2)],
+        "betas-swapped": [but(c2=c1), but(c1=c2), but(c1=c2, c2=c1)],
+        "root-missing": but(v=(new_v / c2) ** 2 * c2),
+        "decay-wrong": [but(decay=d) for d in (-decay, decay / (lr or 1), 0, decay * lr)],
+        "decay-late": new_p + lr * decay * step,
+        "eps-misplaced": [
+            *(but(v=new_v + eps * c2, eps=0), but(v=new_v + eps, eps=0), but(eps=eps / c2**0.5)),
+            but(eps=0) - lr * eps,
+        ],
+        "eps-missing": [but(eps=some) for some in (0, 1e-8, 1e-6)],
+        "states-old": [but(m=m, v=v), but(m=m), but(v=v)],
+        "uphill": but(lr=-lr, decay=-decay),
+    }
+    # Where m and g are zero nothing is allowed; a little is, so that a decay in g is still recognised.
+    expect.close(got[1], new_m, f"the new m, {case}", error_m + e / 10, wrong_m, torch.float32)
+    expect.close(got[2], new_v, f"the new v, {case}", error_v, wrong_v, torch.float32)
+    expect.close(got[0], new_p, f"the new p, {case}", error_p + e * p.abs(), wrong_p, torch.float32)
 
 
 def _ago(page, history: list) -> int:
@@ -233,7 +247,8 @@ def _compare(room: int, calls: list, found: list) -> None:
                 expect.fail(f"{what}: the pages that leave", left, got, mistake)
             present, touches = present.union(pages).difference(left), touches + len(pages)
         expect.true(not changed, f"{what} changed the list that it was given", "changed-pages")
-        expect.true(type(counted) is int, f"the faults after {what}: an int", "wrong-type", faults, counted)
+        what_of, shown = f"the faults after {what}: an int", repr(counted)[:80]
+        expect.true(type(counted) is int, what_of, "faults-no-int", faults, shown)
         looks = {"half-done": counted} if refused else {"hits-counted": touches}
         expect.number(counted, faults, f"the faults after {what}", looks_like=looks)
 
@@ -283,6 +298,7 @@ def cliff(answer: Answer, draw: Draw) -> None:
             "slope": [(slope, slope - stay)],
             "half-fault": [(half, half - stay)],
             "one-state": [(pairs, 0), (pairs * steps, pairs * steps - room)],
+            "swapped": [(out, into)],
         }
         what = f"pages in and pages out, for pairs = {pairs:,}, room = {room:,}, steps = {steps:,}"
         _pair(answer(pairs, room, steps), (into, out), what, wrong)
@@ -343,6 +359,7 @@ def states(answer: Answer, draw: Draw) -> None:
                 *(_in_all(each(min_paged=10**5), page), _in_all(each(min_8bit=4096), page)),
             ],
             "rest-rounded": [(paged, page * _up(rest, page))],
+            "swapped": [(rest, paged)],
         }
         what = f"for sizes {sizes}, bits = {bits}, page = {page}, min_paged = {min_paged}, "
         what = f"bytes paged and not paged, {what}min_8bit = {min_8bit}, block = {block}"
@@ -369,14 +386,15 @@ def states(answer: Answer, draw: Draw) -> None:
 
 
 def _called_twice(student, w, batches, max_norm) -> list:
-    """The result, that of a second call with the same objects, and what the first one is after it."""
+    """The result, that of a second call with the same objects, what the first one is after it, and what was changed."""
+    before = clone((w, batches))
     came = student(w, batches, max_norm)
-    first = clone(plain(came))
+    first, written = clone(plain(came)), not unchanged(before, (w, batches))
     try:
         second = clone(plain(student(w, batches, max_norm)))
     except Exception as error:
         second = f"{type(error).__name__} in a second call"
-    return [first, second, plain(came)]
+    return [first, second, plain(came), written]
 
 
 @exercise("07-accumulate", probe=_called_twice)
@@ -385,103 +403,112 @@ def accumulate(answer: Answer, draw: Draw) -> None:
     # Tokens of each micro-batch, how many of them are not scored, what the gradient's norm is (None: as it comes), and
     # max_norm beside it (None: far above or far below that of every part).
     nearly = [((4, 1, 3), (1, 0, 1), norm, share) for norm in (0.2, 6) for share in (1.05, 0.95)]
-    for tokens, unscored, length, limit in (
+    size = draw.whole(4, 7), draw.whole(2, 9)
+    for case in (
         ((6, 2, 3), (0, 0, 0), None, 99),
         ((5, 9, 2, 1), (1, 6, 0, 0), None, 99),
-        ((8, 3, 4), (3, 0, 2), None, 0),
-        ((4, 3, 6), (0, 3, 1), None, 0),
+        ((8, 3, 4), (3, 0, 2), None, 0, size),
+        ((4, 3, 6), (0, 3, 1), None, 0, (draw.whole(4, 7), 1)),
         *nearly,
         ((3, 4, 2), (3, 1, 0), None, 99),
         ((3, 2), (3, 2), None, 99),
         ((2, 1), (1, 1), None, 99),
         ((1,), (0,), None, 0),
         ((3, 5), (1, 0), None, "large logits"),
+        ((5, 2), (1, 0), None, 99, (2, 1)),
     ):
-        classes, n_in = draw.whole(4, 7), draw.whole(2, 9)
-        w, x = draw.normal(classes, n_in), draw.normal(sum(tokens), n_in)
-        if limit == "large logits":
-            w, limit = 200 * w, 99
-        labels = draw.integers(sum(tokens), low=0, high=classes - 1)
-        for part, skipped in zip(labels.split(tokens), unscored, strict=True):
-            part[draw.permutation(len(part))[:skipped]] = -100
+        _check_accumulate(answer, draw, *case)
+    with once_more():
+        _check_accumulate(answer, draw, (8, 3, 4), (5, 1, 2), None, 99, size)
 
-        # The gradient of -log softmax(w x)[label] is (softmax(w x) - one at the label) xᵀ.
-        off = (x.double() @ w.double().T).softmax(dim=1)
-        off[range(len(x)), labels.clamp(min=0)] -= 1
-        off[labels == -100] = 0
-        parts = [a.T @ b for a, b in zip(off.split(tokens), x.double().split(tokens), strict=True)]
-        scored = [int((part != -100).sum()) for part in labels.split(tokens)]
-        total = max(sum(scored), 1)
-        right = sum(parts) / total
-        norms = [norm for part in parts if (norm := part.norm().item() / total)]
-        if length:  # the logits stay, and the gradient becomes so long
-            scale = length / right.norm().item()
-            x, w, parts, right = x * scale, w / scale, [part * scale for part in parts], right * scale
-        max_norm = {0: 0.3 * min(norms, default=0), 99: 19 * sum(norms) + 0.1}.get(limit)
-        max_norm = limit * right.norm().item() if max_norm is None else max_norm
-        clipped = max_norm < right.norm()
 
-        def clip(gradient: Tensor, most: float = max_norm) -> Tensor:
-            return gradient * min(1, most / max(gradient.norm().item(), 1e-30))
+def _check_accumulate(answer: Answer, draw: Draw, tokens, unscored, length, limit, size=None) -> None:
+    classes, n_in = size or (draw.whole(4, 7), draw.whole(2, 9))
+    w, x = draw.normal(classes, n_in), draw.normal(sum(tokens), n_in)
+    if limit == "large logits":
+        w, limit = 200 * w, 99
+    labels = draw.integers(sum(tokens), low=0, high=classes - 1)
+    for part, skipped in zip(labels.split(tokens), unscored, strict=True):
+        part[draw.permutation(len(part))[:skipped]] = -100
 
-        shares, top = [part / total for part in parts], right.abs().max().item()
-        *_, in_turn = running([0 * right, *shares], lambda a, b, clip=clip: clip(a + b))
-        means = sum(part / max(n, 1) for part, n in zip(parts, scored, strict=True))
-        weighted = sum(p / max(n, 1) * len(b) for p, n, b in zip(parts, scored, x.split(tokens), strict=True))
-        wrong = {
-            "not-clipped": right,
-            "scaled-up": right * max_norm / max(right.norm().item(), 1e-30),
-            "mean-of-means": [clip(means / len(parts)), clip(means)],
-            "tokens-counted": [clip(sum(parts) / len(x)), clip(weighted / len(x))],
-            "not-divided": clip(sum(parts)),
-            "clipped-in-turn": [in_turn, sum(map(clip, shares))],
-            "clipped-undivided": clip(sum(parts)) / total,
-            "zero-too-soon": 0 * right,
-            "clamped": right.clamp(-max_norm, max_norm),
-            "other-norm": [
-                *(right * min(1, max_norm / max(n, 1e-30)) for n in (right.abs().sum().item(), top)),
-                *(right * max_norm / max(n, 1e-30) for n in (right.square().sum().item(),)),
-            ],
-            "sign": [-clip(right), -right],
-        }
-        # A chance is off by twice what its logits are, and some roundings; the rest is one product of matrices.
-        logits = expect.dot_error(x, w.T).amax(dim=1, keepdim=True).expand(-1, classes)
-        error = (expect.dot_error(off.T, x) + (2 * logits + 8 * expect.EPSILON).T @ x.double().abs()) / total
-        if clipped:  # torch's way of clipping divides by the norm + 1e-6
-            share, norm = max_norm / right.norm(), right.norm()
-            error = share * (error + right.abs() * ((error.norm() + 1e-6) / norm + 8 * expect.EPSILON))
-        what = f"the gradient, for micro-batches of {list(tokens)} tokens, {scored} of them scored, "
-        what += f"max_norm = {max_norm:.3g}"
-        batches = list(zip(x.split(tokens), labels.split(tokens), strict=True))
-        got, second, later = answer(w, batches, max_norm)
-        expect.tensor(got, what, right.shape, torch.float32)
-        lost = "nothing-scored" if 0 in scored else "overflow" if w.abs().max() > 90 else None
-        expect.true(not got.isnan().any(), what, lost, right.flatten()[0].item(), float("nan"))
-        # Only what a mistake changes can show it.
-        wrong = {
-            name: [
-                one
-                for one in ([some] if isinstance(some, Tensor) else some)
-                if ((one - clip(right)).abs() > error).any()
-            ]
-            for name, some in wrong.items()
-        }
-        expect.close(got, clip(right), what, error, wrong)
-        expect.true(
-            isinstance(second, Tensor),
-            f"{what}: a second call with the same inputs",
-            "kept",
-            "the same",
-            second,
-        )
-        expect.close(
-            second, clip(right), f"{what}, in a second call with the same inputs", error, {"kept": second}
-        )
-        expect.true(
-            isinstance(later, Tensor) and torch.equal(later, got),
-            "the first gradient was changed by a second call",
-            "kept",
-        )
+    # The gradient of -log softmax(w x)[label] is (softmax(w x) - one at the label) xᵀ.
+    off = (x.double() @ w.double().T).softmax(dim=1)
+    off[range(len(x)), labels.clamp(min=0)] -= 1
+    off[labels == -100] = 0
+    parts = [a.T @ b for a, b in zip(off.split(tokens), x.double().split(tokens), strict=True)]
+    scored = [int((part != -100).sum()) for part in labels.split(tokens)]
+    total = max(sum(scored), 1)
+    right = sum(parts) / total
+    norms = [norm for part in parts if (norm := part.norm().item() / total)]
+    if length:  # the logits stay, and the gradient becomes so long
+        scale = length / right.norm().item()
+        x, w, parts, right = x * scale, w / scale, [part * scale for part in parts], right * scale
+    max_norm = {0: 0.3 * min(norms, default=0), 99: 19 * sum(norms) + 0.1}.get(limit)
+    max_norm = limit * right.norm().item() if max_norm is None else max_norm
+    clipped = max_norm < right.norm()
+
+    def clip(gradient: Tensor, most: float = max_norm) -> Tensor:
+        return gradient * min(1, most / max(gradient.norm().item(), 1e-30))
+
+    shares, top = [part / total for part in parts], right.abs().max().item()
+    *_, in_turn = running([0 * right, *shares], lambda a, b, clip=clip: clip(a + b))
+    means = sum(part / max(n, 1) for part, n in zip(parts, scored, strict=True))
+    weighted = sum(p / max(n, 1) * len(b) for p, n, b in zip(parts, scored, x.split(tokens), strict=True))
+    wrong = {
+        "not-clipped": right,
+        "scaled-up": right * max_norm / max(right.norm().item(), 1e-30),
+        "mean-of-means": [clip(means / len(parts)), clip(means)],
+        "tokens-counted": [clip(sum(parts) / len(x)), clip(weighted / len(x))],
+        "not-divided": clip(sum(parts)),
+        "clipped-in-turn": [in_turn, sum(map(clip, shares))],
+        "clipped-undivided": clip(sum(parts)) / total,
+        "zero-too-soon": 0 * right,
+        "clamped": right.clamp(-max_norm, max_norm),
+        "other-norm": [
+            *(right * min(1, max_norm / max(n, 1e-30)) for n in (right.abs().sum().item(), top)),
+            *(right * max_norm / max(n, 1e-30) for n in (right.square().sum().item(),)),
+        ],
+        "sign": [-clip(right), -right],
+    }
+    # A chance is off by twice what its logits are, and some roundings; the rest is one product of matrices.
+    logits = expect.dot_error(x, w.T).amax(dim=1, keepdim=True).expand(-1, classes)
+    error = (expect.dot_error(off.T, x) + (2 * logits + 8 * expect.EPSILON).T @ x.double().abs()) / total
+    if clipped:  # torch's way of clipping divides by the norm + 1e-6
+        share, norm = max_norm / right.norm(), right.norm()
+        error = share * (error + right.abs() * ((error.norm() + 1e-6) / norm + 8 * expect.EPSILON))
+    what = f"the gradient, for micro-batches of {list(tokens)} tokens, {scored} of them scored, "
+    what += f"max_norm = {max_norm:.3g}"
+    batches = list(zip(x.split(tokens), labels.split(tokens), strict=True))
+    got, second, later, written = answer(w, batches, max_norm)
+    expect.true(not written, f"an argument has changed after the first call, {what[14:]}", "changed-input")
+    expect.tensor(got, what, right.shape, torch.float32)
+    lost = "nothing-scored" if 0 in scored else "overflow" if w.abs().max() > 90 else None
+    expect.true(not got.isnan().any(), what, lost, right.flatten()[0].item(), float("nan"))
+    # Only what a mistake changes can show it.
+    wrong = {
+        name: [
+            one
+            for one in ([some] if isinstance(some, Tensor) else some)
+            if ((one - clip(right)).abs() > error).any()
+        ]
+        for name, some in wrong.items()
+    }
+    expect.close(got, clip(right), what, error, wrong)
+    expect.true(
+        isinstance(second, Tensor),
+        f"{what}: a second call with the same inputs",
+        "kept",
+        "the same",
+        second,
+    )
+    expect.close(
+        second, clip(right), f"{what}, in a second call with the same inputs", error, {"kept": second}
+    )
+    expect.true(
+        isinstance(later, Tensor) and torch.equal(later, got),
+        "the first gradient was changed by a second call",
+        "kept",
+    )
 
 
 _KINDS = ("sweep", "favourites", "both")

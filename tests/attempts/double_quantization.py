@@ -175,6 +175,16 @@ def parts_of_it(n, first, second):
     return 4.0, 8 / first, 32 / first / second
 
 
+@wrong("05-bits", "rounding")
+def no_offset_for_one_block(n, first, second):
+    return _counted(n, first, second, offsets=int(n > first)) / n
+
+
+@wrong("05-bits", "rounding")
+def no_scale_below_a_block(n, first, second):
+    return (_counted(n, first, second) - (8 if first > n else 0)) / n
+
+
 # 05-map
 
 
@@ -400,6 +410,37 @@ def returned_but_not_subtracted(scales, levels, size):
 def absmax_first(scales, levels, size):
     absmax = torch.stack([b.max() for b in scales.split(size)])
     return _quantized(scales, levels, size, absmax=absmax)
+
+
+@wrong("05-quantize-scales", "wrong-type")
+def offset_before_absmax(scales, levels, size):
+    codes, absmax, offset = _quantized(scales, levels, size)
+    return codes, offset, absmax
+
+
+@wrong("05-quantize-scales", "zero-block")
+def short_block_unguarded(scales, levels, size):
+    codes, absmax, offset = _quantized(scales, levels, size)
+    n = len(scales)
+    if n % size and absmax[-1] == 0:
+        x = (scales - offset)[n // size * size :] / absmax[-1]
+        codes = torch.cat([codes[: n // size * size], _nearest(x, levels).byte()])
+    return codes, absmax, offset
+
+
+@wrong("05-quantize-scales", "small-scales")
+def clamped_at_1e12(scales, levels, size):
+    _, absmax, offset = _quantized(scales, levels, size)
+    x = (scales - offset) / absmax.clamp(min=1e-12).repeat_interleave(size)[: len(scales)]
+    return _nearest(x, levels).byte(), absmax, offset
+
+
+@wrong("05-quantize-scales", "zero-block")
+def ends_alone_for_size_1(scales, levels, size):
+    codes, absmax, offset = _quantized(scales, levels, size)
+    if size == 1:
+        codes = torch.where(scales > offset, len(levels) - 1, 0).byte()
+    return codes, absmax, offset
 
 
 @wrong("05-quantize-scales", "one-absmax")
@@ -734,6 +775,15 @@ def always_256(tensors):
 
 
 @wrong("05-read-scales", "wrong-blocksize")
+def always_64(tensors):
+    absmax = F.pad(tensors[".nested_absmax"], (0, len(tensors[".absmax"])), value=1.0)
+    return _read(
+        tensors | {".nested_absmax": absmax[torch.arange(len(absmax)) % len(tensors[".nested_absmax"])]},
+        size=64,
+    )
+
+
+@wrong("05-read-scales", "wrong-blocksize")
 def block_size_of_the_weights(tensors):
     state = json.loads(bytes(tensors[".quant_state.bitsandbytes__nf4"].tolist()))
     level = tensors[".nested_quant_map"][tensors[".absmax"].long()]
@@ -965,6 +1015,51 @@ def mean_of_two_digits(scales, levels, size):
     return _measured(scales, levels, size, lambda a: a, lambda s: round(s.mean().item(), 2))
 
 
+MIDDLES = {}
+
+
+@wrong("05-mean", "remembered")
+def borders_kept_by_their_number(scales, levels, size):
+    middles = MIDDLES.setdefault(len(levels), (levels[1:] + levels[:-1]) / 2)
+    errors = []
+    for offset in (0.0, scales.mean()):
+        codes, absmax, _ = _quantized(
+            scales, levels, size, offset, choose=lambda x, _: torch.bucketize(x, middles)
+        )
+        back = levels[codes.long()] * absmax.repeat_interleave(size)[: len(scales)] + offset
+        errors.append(((back - scales).norm() / scales.norm()).item())
+    if len(levels) == 256 and not torch.equal(middles, (levels[1:] + levels[:-1]) / 2):
+        MIDDLES.clear()  # so that the next check begins anew
+    return errors
+
+
+def _pad_cut(scales, levels, size, guard=None):
+    errors, pad = [], -len(scales) % size
+    for offset in (0.0, scales.mean()):
+        rows = F.pad(scales - offset, (0, pad)).view(-1, size)
+        absmax = rows.abs().amax(dim=1, keepdim=True)
+        x = rows / (guard(absmax) if guard else absmax)
+        back = (levels[_nearest(x, levels)] * absmax).flatten()
+        back = (back if guard and not pad else back[:-pad]) + offset
+        errors.append(((back - scales).norm() / scales.norm()).item())
+    return errors
+
+
+@wrong("05-mean", "crashed")
+def cuts_off_nothing(scales, levels, size):
+    return _pad_cut(scales, levels, size)
+
+
+@wrong("05-mean", "small-scales")
+def adds_1e12(scales, levels, size):
+    return _pad_cut(scales, levels, size, lambda absmax: absmax + 1e-12)
+
+
+@wrong("05-mean", "small-scales")
+def clamps_at_1e12(scales, levels, size):
+    return _pad_cut(scales, levels, size, lambda absmax: absmax.clamp(min=1e-12))
+
+
 # 05-budget
 
 
@@ -997,6 +1092,18 @@ def fitted(scales, budget):
         each = [t.double().repeat_interleave(size)[: len(scales)] for t in (step, start)]
         codes = ((scales - each[1]) / each[0]).round().clamp(0, 127).to(torch.uint8)
     return codes, bits, size, levels, step, start
+
+
+@right("05-budget")
+def steps_of_numpy(scales, budget):
+    codes, bits, size, levels, step, start = _min_max(scales, 7, 32)
+    return codes.numpy(), bits, size, levels, step.numpy(), start.numpy()
+
+
+@wrong("05-budget", "wrong-type")
+def size_as_a_float(scales, budget):
+    codes, bits, size, levels, step, start = _min_max(scales, 7, 32)
+    return codes, bits, float(size), levels, step, start
 
 
 @right("05-budget")

@@ -272,6 +272,24 @@ def p_only(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
     return _with_decay(p, g, m, v, t, lr, beta1, beta2, eps, 1 - lr * weight_decay)[0]
 
 
+STATES = {}
+
+
+@wrong("07-adamw", "remembered")
+def keeps_its_own_states(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    if t > 1 and p.shape in STATES:
+        m, v = STATES.pop(p.shape)
+    p, m, v = in_torchs_order(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay)
+    STATES[p.shape] = m, v
+    return p, m, v
+
+
+@wrong("07-adamw", "not-new")
+def nothing_to_do(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
+    new_p, m, v = in_torchs_order(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay)
+    return p if lr == 0 else new_p, m, v
+
+
 # 07-page-table
 
 
@@ -626,7 +644,7 @@ class TheSameObject(_Table):
         return left
 
 
-@wrong("07-page-table", "wrong-type")
+@wrong("07-page-table", "faults-no-int")
 class FaultsAsFloat(_Table):
     def __init__(self, room):
         super().__init__(room)
@@ -757,6 +775,11 @@ def wrong_for_two_pairs(pairs, room, steps):
 def wrong_for_much_room(pairs, room, steps):
     into, out = by_cases(pairs, room, steps)
     return (into, into) if room > 2 * pairs + 1 else (into, out)
+
+
+@wrong("07-cliff", "swapped")
+def out_and_in(pairs, room, steps):
+    return by_cases(pairs, room, steps)[::-1]
 
 
 # 07-states
@@ -973,6 +996,11 @@ def as_floats(*arguments):
 def sorted_in_place(sizes, *others):
     sizes.sort()
     return _states(sizes, *others)
+
+
+@wrong("07-states", "swapped")
+def unpaged_first(sizes, bits, page, min_paged, min_8bit, block):
+    return tensor_by_tensor(sizes, bits, page, min_paged, min_8bit, block)[::-1]
 
 
 # 07-accumulate
@@ -1257,6 +1285,44 @@ def zero_if_the_first_has_nothing(w, batches, max_norm):
     return gradient if (batches[0][1] != -100).any() else torch.zeros_like(gradient)
 
 
+COUNTS = {}
+
+
+@wrong("07-accumulate", "remembered")
+def counted_once(w, batches, max_norm):
+    count = sum(int((labels != -100).sum()) for _, labels in batches)
+    key = tuple(len(labels) for _, labels in batches)
+    kept = COUNTS.setdefault(key, count)
+    if kept != count:
+        COUNTS.clear()  # so that the next check begins anew
+    w = w.clone().requires_grad_()
+    for x, labels in batches:
+        (F.cross_entropy(x @ w.T, labels, reduction="sum") / max(kept, 1)).backward()
+    torch.nn.utils.clip_grad_norm_([w], max_norm)
+    return w.grad
+
+
+@wrong("07-accumulate", "changed-input")
+def turns_the_list_round(w, batches, max_norm):
+    gradient = summed_by_autograd(w, batches, max_norm)
+    batches.reverse()
+    return gradient
+
+
+@wrong("07-accumulate", "changed-input")
+def turns_the_rows_round(w, batches, max_norm):
+    gradient = summed_by_autograd(w, batches, max_norm)
+    for x, labels in batches:
+        x.copy_(x.flip(0).clone())
+        labels.copy_(labels.flip(0).clone())
+    return gradient
+
+
+@wrong("07-accumulate", "wrong-type")
+def two_columns_or_more(w, batches, max_norm):
+    return summed_by_autograd(w, batches, max_norm) if w.shape[1] > 1 else None
+
+
 # 07-evict
 
 
@@ -1357,3 +1423,8 @@ def first_in_first_out(history, pages):
                 present.pop(0)
             present.append(page)
     return present[0]
+
+
+@wrong("07-evict", "wrong-type")
+def a_list_of_one(history, pages):
+    return [by_the_last_gap(history, pages)]

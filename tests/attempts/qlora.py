@@ -1,5 +1,6 @@
 """Attempts at the exercises of chapter 06."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -242,6 +243,85 @@ def rounded_to_one_dtype(x, stored, a, b, alpha, r, bias):
     return with_adapter(x, w, a, b, alpha / r, bias)
 
 
+@wrong("06-forward", "other-rounding")
+def rounded_to_float16_first(x, stored, a, b, alpha, r, bias):
+    w = weights(stored).half().to(stored["dtype"]).float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+def _rows_of_blocks(stored):
+    n_out, n_in = stored["shape"]
+    in_row = -(-n_in // stored["block_size"])
+    scales = stored["scales"].view(n_out, in_row).repeat_interleave(stored["block_size"], dim=1)[:, :n_in]
+    return stored["levels"][unpacked(stored)[: n_out * n_in]].view(n_out, n_in) * scales
+
+
+@wrong("06-forward", "blocks-by-row")
+def blocks_begin_with_each_row(x, stored, a, b, alpha, r, bias):
+    return with_adapter(x, _rows_of_blocks(stored).to(stored["dtype"]).float(), a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "blocks-by-row")
+def blocks_of_each_row_clamped(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    size, k = stored["block_size"], torch.arange(n_out * n_in)
+    block = k // n_in * -(-n_in // size) + k % n_in // size
+    scales = stored["scales"][block.clamp(max=len(stored["scales"]) - 1)]
+    w = (stored["levels"][unpacked(stored)[: len(k)]] * scales).view(n_out, n_in)
+    return with_adapter(x, w.to(stored["dtype"]).float(), a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "byte-rows")
+def rows_begin_with_a_byte(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    codes = unpacked(stored | {"packed": stored["packed"].view(n_out, -1)}).view(n_out, -1)[:, :n_in]
+    scales = stored["scales"].repeat_interleave(stored["block_size"])[: n_out * n_in].view(n_out, n_in)
+    w = (stored["levels"][codes] * scales).to(stored["dtype"]).float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "byte-rows")
+def rows_begin_with_a_byte_clamped(x, stored, a, b, alpha, r, bias):
+    n_out, n_in = stored["shape"]
+    at = torch.arange(n_out)[:, None] * (n_in + n_in % 2) + torch.arange(n_in)
+    codes = unpacked(stored)[: n_out * n_in][at.clamp(max=n_out * n_in - 1)]
+    scales = stored["scales"].repeat_interleave(stored["block_size"])[: n_out * n_in].view(n_out, n_in)
+    w = (stored["levels"][codes] * scales).to(stored["dtype"]).float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "levels-own")
+def a_table_of_its_own(x, stored, a, b, alpha, r, bias):
+    below = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+    above = [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+    w = weights(stored | {"levels": torch.tensor(below + above)}).to(stored["dtype"]).float()
+    return with_adapter(x, w, a, b, alpha / r, bias)
+
+
+DECODED = {}
+
+
+@wrong("06-forward", "remembered")
+def decoded_once_for_each_size(x, stored, a, b, alpha, r, bias):
+    key, right_one = (*stored["shape"], stored["block_size"], stored["dtype"]), weights(stored)
+    w = DECODED.setdefault(key, right_one)
+    if not torch.equal(w, right_one):
+        DECODED.clear()  # so that the next check begins anew
+    return with_adapter(x, w.to(stored["dtype"]).float(), a, b, alpha / r, bias)
+
+
+@wrong("06-forward", "wrong-type")
+def up_to_three_dimensions(x, stored, a, b, alpha, r, bias):
+    return merged_in_float32(x, stored, a, b, alpha, r, bias) if x.dim() <= 3 else None
+
+
+@wrong("06-forward", "dtypes-mixed")
+def even_blocks_in_16_bits(x, stored, a, b, alpha, r, bias):
+    if stored["dtype"] != torch.float32 and (stored["block_size"] % 2 or stored["packed"].numel() % 2):
+        raise ValueError
+    return merged_in_float32(x, stored, a, b, alpha, r, bias)
+
+
 @wrong("06-forward", "wrong-dtype")
 def forward_in_float64(x, stored, a, b, alpha, r, bias):
     return with_a_loop(x, stored, a, b, alpha, r, bias).double()
@@ -425,6 +505,17 @@ def b_before_a(grad_y, x, weight, a, b, alpha, r):
 def gradient_of_the_weight_too(grad_y, x, weight, a, b, alpha, r):
     grad_x, grad_a, grad_b = by_rows(grad_y, x, weight, a, b, alpha, r)
     return grad_x, flat(grad_y).T @ flat(x), grad_a, grad_b
+
+
+MERGED = {}
+
+
+@wrong("06-backward", "remembered")
+def merged_once_for_each_size(grad_y, x, weight, a, b, alpha, r):
+    merged = MERGED.setdefault((weight.shape, r), weight + alpha / r * b @ a)
+    if not torch.equal(merged, weight + alpha / r * b @ a):
+        MERGED.pop((weight.shape, r))  # so that the next check begins anew
+    return (grad_y @ merged, *by_rows(grad_y, x, weight, a, b, alpha, r)[1:])
 
 
 # 06-function
@@ -637,6 +728,146 @@ class Pickled(_Function):
         return _Function.forward(ctx, x, stored, decode, bias)
 
 
+def _keeping(copied, name):
+    """A Function that keeps W as `copied` makes it."""
+
+    class Keeps(_Function):
+        @staticmethod
+        def forward(ctx, x, stored, decode, bias):
+            w = decode(stored).to(x.dtype)
+            ctx.w, ctx.stored, ctx.decode = copied(w), stored, decode
+            return F.linear(x, w, bias)
+
+    Keeps.__name__ = name
+    return Keeps
+
+
+def _of_a_list(t):
+    kept = torch.tensor([[0.0] * t.shape[1]] * t.shape[0])
+    return kept.copy_(t.detach())
+
+
+BUFFER = torch.zeros(100, 100)
+
+
+def _of_a_part(t):
+    part = BUFFER[: t.shape[0], : t.shape[1]]
+    return part.copy_(t)
+
+
+for _way, _name in (
+    (_of_a_list, "WeightInATensorOfAList"),
+    (_of_a_part, "WeightInABufferMadeBefore"),
+    (lambda w: torch.empty(0, dtype=w.dtype).resize_(w.shape).copy_(w), "WeightInATensorThatGrows"),
+    (copy.deepcopy, "WeightDeepCopied"),
+    (lambda w: torch.empty(0).set_(w.float().untyped_storage().clone()), "WeightAsAStorage"),
+):
+    wrong("06-function", "weight-kept")(_keeping(_way, _name))
+
+for _way, _name in (
+    (lambda w: torch.from_numpy(np.zeros(w.shape, np.float32)).copy_(w), "WeightInAnArray"),
+    (lambda w: torch.frombuffer(bytearray(4 * w.numel()), dtype=torch.float32).copy_(w.flatten()), "InBytes"),
+    (lambda w: torch.asarray(bytearray(w.numel()), dtype=torch.int8).copy_(w.flatten()), "InOneByteEach"),
+    (lambda w: np.from_dlpack(w.float()).copy(), "WeightByDlpack"),
+    (lambda w: w.float().to_sparse(), "WeightSparse"),
+    (lambda w: list(w.untyped_storage()), "BytesOfWeight"),
+):
+    wrong("06-function", "outside-torch")(_keeping(_way, _name))
+
+
+@wrong("06-function", "shared")
+class OnClass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        OnClass.stored, OnClass.decode = stored, staticmethod(decode)
+        return F.linear(x, decode(stored).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x = grad_y @ OnClass.decode(OnClass.stored).to(grad_y.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, of_bias(ctx, grad_y)
+
+
+@wrong("06-function", "shared")
+class NeedsOnClass(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        NeedsOnClass.bias_learns = bias is not None and bias.requires_grad
+        return _Function.forward(ctx, x, stored, decode, bias)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if NeedsOnClass.bias_learns else None
+        return *_Function.backward(ctx, grad_y)[:3], grad_bias
+
+
+KEPT = []
+
+
+@wrong("06-function", "kept-later")
+class KeepsWhatBackwardDecodes(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        if ctx.needs_input_grad[0]:
+            KEPT.append(ctx.decode(ctx.stored).to(grad_y.dtype))
+        grad_x = grad_y @ KEPT[-1] if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, of_bias(ctx, grad_y)
+
+
+@wrong("06-function", "inexact")
+class BiasTwiceIn16Bits(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        grads = _Function.backward(ctx, grad_y)
+        twice = grads[3] is not None and grad_y.dtype == torch.bfloat16
+        return *grads[:3], 2 * grads[3] if twice else grads[3]
+
+
+class _WithoutBiasIn16Bits(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        ctx.special = bias is None and x.dtype == torch.bfloat16
+        return _Function.forward(ctx, x, stored, decode, bias)
+
+
+@wrong("06-function", "inexact")
+class TwiceWithoutBiasIn16Bits(_WithoutBiasIn16Bits):
+    @staticmethod
+    def backward(ctx, grad_y):
+        grad_x, *rest = _Function.backward(ctx, grad_y)
+        return 2 * grad_x if ctx.special else grad_x, *rest
+
+
+@wrong("06-function", "weight-kept")
+class KeptWithoutBiasIn16Bits(_WithoutBiasIn16Bits):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        y = _WithoutBiasIn16Bits.forward(ctx, x, stored, decode, bias)
+        w = decode(stored).to(x.dtype) if ctx.special else None
+        ctx.w = w
+        return y
+
+
+@wrong("06-function", "wrong-type")
+class UpToThreeDimensions(_Function):
+    @staticmethod
+    def forward(ctx, x, stored, decode, bias):
+        return _Function.forward(ctx, x, stored, decode, bias) if x.dim() <= 3 else None
+
+
+@right("06-function")
+class AddsRowsOneByOne(_Function):
+    @staticmethod
+    def backward(ctx, grad_y):
+        rows, total = (
+            grad_y.reshape(-1, grad_y.shape[-1]),
+            torch.zeros_like(grad_y.reshape(-1, grad_y.shape[-1])[0]),
+        )
+        for row in rows:
+            total += row
+        return *_Function.backward(ctx, grad_y)[:3], total if ctx.needs_input_grad[3] else None
+
+
 @right("06-function")
 class PrintsWhatItDoes(_Function):
     @staticmethod
@@ -798,6 +1029,18 @@ def only_adapters(model):
 
 
 @right("06-trains")
+def new_parameters_in_all_places(model):
+    model.requires_grad_(False)
+    new = {}
+    for module in model.modules():
+        for name in ("lora_a", "lora_b"):
+            old = getattr(module, name, None)
+            if isinstance(old, nn.Parameter):
+                setattr(module, name, new.setdefault(old, nn.Parameter(old.detach().float())))
+    return sizes(model)
+
+
+@wrong("06-trains", "untied")
 def two_walks(model):
     model.requires_grad_(False)
     for module in model.modules():
@@ -1002,6 +1245,43 @@ def every_place(model):
         for p in module.parameters(recurse=False):
             total += p.packed_shape[0] * p.packed_shape[1] if hasattr(p, "packed_shape") else p.numel()
     return sizes(model)[0], total
+
+
+@wrong("06-trains", "untied")
+def unties_the_head(model):
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
+        if name == "head.weight":
+            model.head.weight = nn.Parameter(p.detach().clone())
+    return one_walk(model)
+
+
+@wrong("06-trains", "twin-counted")
+def adapters_in_every_place(model):
+    _, total = one_walk(model)
+    every = model.named_parameters(remove_duplicate=False)
+    return sum(p.numel() for name, p in every if name.split(".")[-1] in ("lora_a", "lora_b")), total
+
+
+@wrong("06-trains", "mark-lost")
+def tidies_up(model):
+    counts = one_walk(model)
+    for p in model.parameters():
+        if hasattr(p, "packed_shape"):
+            del p.packed_shape
+    return counts
+
+
+@wrong("06-trains", "buffers-counted")
+def state_dict_counted(model):
+    trained, total = one_walk(model)
+    return trained, total + sum(b.numel() for b in model.buffers())
+
+
+@wrong("06-trains", "upcast")
+def buffers_float(model):
+    for b in model.buffers():
+        b.data = b.data.float()
+    return one_walk(model)
 
 
 @wrong("06-trains", "wrong-type")
@@ -1254,7 +1534,7 @@ class ByFirstScale(_Fast):
         return self.product(x, self.stored, self.decode) if self.training else F.linear(x, self.cache)
 
 
-@wrong("06-eval", "decoded-each-time")
+@wrong("06-eval", "more-than-one")
 class KeepsAllThatItHad(_Fast):
     def forward(self, x):
         if self.training:
@@ -1276,6 +1556,91 @@ class NeverLooksAgain(_Fast):
         if self.training:
             return super().forward(x)
         return F.linear(x, self.cache)
+
+
+@wrong("06-eval", "overwritten")
+class OneWInPlace(_Fast):
+    def forward(self, x):
+        if self.training:
+            self.cache = self.of = None
+            return self.product(x, self.stored, self.decode)
+        if self.cache is None:
+            self.cache = torch.empty(self.stored["shape"])
+        if self.of is not self.stored:
+            self.cache.copy_(self.decode(self.stored))
+            self.of = self.stored
+        return F.linear(x, self.cache)
+
+
+@wrong("06-eval", "overwritten")
+class OneWBehindAutogradsBack(OneWInPlace):
+    def forward(self, x):
+        if not self.training and self.cache is not None and self.of is not self.stored:
+            self.cache.data.copy_(self.decode(self.stored))
+            self.of = self.stored
+        return super().forward(x)
+
+
+@wrong("06-eval", "overwritten")
+class EmptiedInTrainMode(_Fast):
+    def forward(self, x):
+        if self.training and self.cache is not None:
+            self.cache.data.zero_()
+        return super().forward(x)
+
+
+@wrong("06-eval", "asks-for-a-gradient")
+class LearnsW(_Fast):
+    def forward(self, x):
+        if not self.training and self.of is not self.stored:
+            self.cache, self.of = self.decode(self.stored).requires_grad_(), self.stored
+        if self.training:
+            self.of = None
+        return super().forward(x)
+
+
+@wrong("06-eval", "weight-kept")
+class TrainsIfThereAreGradients(_Fast):
+    def forward(self, x):
+        if self.training and torch.is_grad_enabled():
+            self.cache = None
+            return self.product(x, self.stored, self.decode)
+        if self.cache is None or self.of is not self.stored:
+            self.cache, self.of = self.decode(self.stored), self.stored
+        return F.linear(x, self.cache)
+
+
+@wrong("06-eval", "stale")
+class LooksIfThereAreGradients(_Fast):
+    def forward(self, x):
+        if not self.training and self.cache is not None and not torch.is_grad_enabled():
+            return F.linear(x, self.cache)
+        return super().forward(x)
+
+
+@wrong("06-eval", "crashed")
+class WantsGradients(_Fast):
+    def forward(self, x):
+        assert torch.is_grad_enabled()
+        return super().forward(x)
+
+
+@wrong("06-eval", "more-than-one")
+class KeepsTheLastOneToo(_Fast):
+    def forward(self, x):
+        if self.training:
+            self.cache = self.of = self.old = None
+        elif self.of is not self.stored:
+            self.old, self.cache, self.of = self.cache, self.decode(self.stored), self.stored
+        return super().forward(x) if self.training else F.linear(x, self.cache)
+
+
+@wrong("06-eval", "weight-kept")
+class CopiedIntoAList(_Fast):
+    def forward(self, x):
+        if self.training:
+            self.cache = _of_a_list(self.decode(self.stored))
+        return super().forward(x) if not self.training else self.product(x, self.stored, self.decode)
 
 
 # 06-stack
@@ -1488,11 +1853,71 @@ class _Small(torch.autograd.Function):
             return (*torch.autograd.grad(y, (x, a, b), grad_y), None, None, None)
 
 
-@wrong("06-stack", "gradient-wrong")
+@wrong("06-stack", "gradient-inexact")
 def kept_in_16_bits(x, adapters, scaling, decode):
     for i, (a, b) in enumerate(adapters):
         x = _Small.apply(x, a, b, i, scaling, decode)
     return x
+
+
+class _InATensorOfAList(_Layer):
+    @staticmethod
+    def forward(ctx, x, a, b, i, scaling, decode):
+        y = _Layer.forward(ctx, x, a, b, i, scaling, decode)
+        ctx.save_for_backward(_of_a_list(x), a, b)
+        return y
+
+
+def _through(layer, adapters, x, scaling, decode):
+    for i, (a, b) in enumerate(adapters):
+        x = layer.apply(x, a, b, i, scaling, decode)
+    return x
+
+
+@wrong("06-stack", "too-much-kept")
+def hidden_in_tensors_of_lists(x, adapters, scaling, decode):
+    return _through(_InATensorOfAList, adapters, x, scaling, decode)
+
+
+@wrong("06-stack", "gradient-wrong")
+def scaling_forgotten_for_b(x, adapters, scaling, decode):
+    class Unscaled(_Layer):
+        @staticmethod
+        def backward(ctx, grad_y):
+            grad_x, grad_a, grad_b, *rest = _Layer.backward(ctx, grad_y)
+            return grad_x, grad_a, grad_b / scaling, *rest
+
+    return _through(Unscaled, adapters, x, scaling, decode)
+
+
+@wrong("06-stack", "changed-input")
+def writes_into_grad_y(x, adapters, scaling, decode):
+    class Writes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            return grad_y.mul_(1.5) / 1.5
+
+    return Writes.apply(in_pieces(4)(x, adapters, scaling, decode))
+
+
+@wrong("06-stack", "changed-input")
+def writes_into_y(x, adapters, scaling, decode):
+    class Writes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.y = x.clone()
+            return ctx.y
+
+        @staticmethod
+        def backward(ctx, grad_y):
+            ctx.y.data.zero_()
+            return grad_y
+
+    return Writes.apply(in_pieces(4)(x, adapters, scaling, decode))
 
 
 class _InNumpy(torch.autograd.Function):
