@@ -1,5 +1,7 @@
 """State between calls: a function that keeps some is right once, and wrong ever after."""
 
+from contextlib import contextmanager
+
 from qlora_edu.checks import expect
 from qlora_edu.checks.attempt import clone, unchanged
 
@@ -27,3 +29,14 @@ class Calls:
         expect.true(not again, f"the result {case}", "state", "a new result", "that of an earlier call")
         self.kept.append((got, clone(got), right))
         return got
+
+
+@contextmanager
+def once_more():
+    """Around what has been right before with other numbers of the same sizes: what is wrong now was remembered."""
+    try:
+        yield
+    except expect.Wrong as wrong:
+        wrong.mistake = "remembered"
+        wrong.what += ", the second time with these sizes"
+        raise

@@ -6,28 +6,17 @@ block's largest |scale - offset|; a scale comes back as levels[code] * absmax + 
 
 import json
 import math
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from qlora_edu.checks import expect
+from qlora_edu.checks.calls import once_more
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, Score, exercise
 
 EPSILON = expect.EPSILON
-
-
-@contextmanager
-def once_more():
-    """Around what has been right before with other numbers of the same sizes: what is wrong now was remembered."""
-    try:
-        yield
-    except expect.Wrong as wrong:
-        wrong.mistake = "remembered"
-        wrong.what += ", the second time with these sizes"
-        raise
 
 
 def _numbers(

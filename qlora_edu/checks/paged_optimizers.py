@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qlora_edu.checks import expect
 from qlora_edu.checks.attempt import clone, plain, unchanged
-from qlora_edu.checks.double_quantization import once_more
+from qlora_edu.checks.calls import once_more
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, Score, exercise
 

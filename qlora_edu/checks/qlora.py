@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_edu.checks import expect
-from qlora_edu.checks.double_quantization import once_more
+from qlora_edu.checks.calls import once_more
 from qlora_edu.checks.draw import Draw
 from qlora_edu.checks.exercise import Answer, exercise
 from qlora_edu.codebooks import nf4
