@@ -96,6 +96,8 @@ def drawn(parts: dict, folder: Path) -> None:
             slope = exponent(x, y)
             axis.loglog(x, y, "o-", label=f"{name}: exponent {slope:.2f}")
         axis.set(title=title, xlabel=unit, ylabel="bytes" if "peak" in title else "seconds")
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.minorticks_off()
         axis.legend()
     for axis in axes.flat[len(parts) :]:
         axis.axis("off")
