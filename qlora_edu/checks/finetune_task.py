@@ -5,7 +5,7 @@ import math
 import random
 import re
 from collections import Counter
-from itertools import count
+from itertools import count, product
 from unittest.mock import patch
 
 import numpy
@@ -56,6 +56,11 @@ def exact(answer: Answer, draw: Draw) -> None:
         (False, "blank-line", "an empty line in between", f"{first}\n\n{time}\n{label}"),
         (False, "empty", "an empty text", ""),
         (False, "empty", "white space alone", " \n"),
+        (False, "tool-key", "the tool under another key", whole.replace("tool:", "name:")),
+        (True, "spaces-outside", "a tab after a colon", whole.replace(": ", ":\t")),
+        (True, "spaces-outside", "other white space around the text", f"\t\r\n{whole}\t\r\n\r\n"),
+        (False, "blank-line", "a line of blanks in between", f"{first}\n{time}\n  \n{label}"),
+        (False, "blank-line", "an empty line that ends with \\r\\n", f"{first}\r\n{time}\r\n\r\n{label}"),
     ]
     for right, mistake, what, text in cases:
         _decided(answer, text, tool, arguments, right, what, mistake)
@@ -87,9 +92,18 @@ def exact(answer: Answer, draw: Draw) -> None:
     for odd in ("\u2028", "\x0c", "\r"):
         wanted, what = {"label": f"Gym{odd}Bag"}, f"a value that holds {odd!r}"
         _decided(answer, f"{first}\nlabel: Gym{odd}Bag", tool, wanted, True, what, "line-ends")
+    for pair in (  # whichever is wanted, the other is wrong
+        ("Gym", '"Gym"'), ("Gym", "'Gym'"), ("6 p.m", "6 p.m."), ("Gym", "Gym,"), ("7:15", "07:15"), ("2", "2.0"),
+        ("left", ":left"), ("Caf\u00e9", "Cafe\u0301"), ("m2", "m\u00b2"), ("Gym Bag", "Gym\tBag"),
+    ):  # fmt: skip
+        mistake = "spaces-inside" if "\t" in pair[1] else "tidied"
+        for value, written, space in product(pair, pair, ("", " ")):
+            what, line = f"a value where {value!r} is wanted", f"label:{space}{written}"
+            _decided(answer, f"{first}\n{line}", tool, {"label": value}, value == written, what, mistake)
     stop = "tool: stop"
     for right, mistake, what, text, wanted in (
         (True, "refuses-right", "a call without arguments", stop, {}),
+        (False, "tool-key", "a call without arguments, the tool under another key", "name: stop", {}),
         (False, "extra-argument", "an argument where none is wanted", f"{stop}\nroom: attic", {}),
         (False, "text-around", "a sentence after a call without arguments", f"{stop}\nDone.", {}),
         (False, "missing-argument", "no argument where one is wanted", stop, {"to": "noon"}),
@@ -102,7 +116,12 @@ def exact(answer: Answer, draw: Draw) -> None:
 def _decided(
     answer: Answer, text: str, tool: str, arguments: dict, right: bool, what: str, mistake: str
 ) -> None:
-    got = answer(text, tool, arguments, crash=mistake)
+    try:
+        got = answer(text, tool, arguments, crash=mistake)
+    except expect.Wrong as wrong:
+        if not text:  # which would be shown as nothing
+            wrong.what = wrong.what.replace("the call with ,", "the call with '',", 1)
+        raise
     expect.true(isinstance(got, bool), f"the verdict on {what}", "wrong-type", "True or False", got)
     expect.true(got == right, f"the verdict on {what}, {text!r}", mistake, str(right), str(got))
 

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import unicodedata
 from statistics import NormalDist
 
 import numpy as np
@@ -1123,6 +1124,85 @@ def takes_them_out(text, tool, arguments):
 @wrong("08-exact", "wrong-type")
 def returns_the_call(text, tool, arguments):
     return _read(text) or None
+
+
+def _pairwise(text, tool, arguments, value=str.strip, written=str, blank=lambda line: False, first=True):
+    """A right judge, with a part that may be spoilt."""
+    pairs = []
+    for line in written(text).strip().split("\n"):
+        if blank(line):
+            continue
+        key, _, rest = line.strip().partition(":")
+        if not re.fullmatch("[a-z_]+", key) or not value(rest):
+            return False
+        pairs.append((key, value(rest)))
+    keys = {key for key, _ in pairs}
+    if len(keys) < len(pairs) or pairs[0][1] != tool or (first and pairs[0][0] != "tool"):
+        return False
+    return dict(pairs[1:]) == arguments
+
+
+@right("08-exact")
+def with_a_dictionary_in_the_end(text, tool, arguments):
+    return _pairwise(text, tool, arguments)
+
+
+@wrong("08-exact", "tool-key")
+def the_tool_under_any_key(text, tool, arguments):
+    return _pairwise(text, tool, arguments, first=False)
+
+
+@wrong("08-exact", "tidied")
+def quotation_marks_off(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: v.strip().strip('"'))
+
+
+@wrong("08-exact", "tidied")
+def full_stop_off(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: v.strip().rstrip("."))
+
+
+@wrong("08-exact", "tidied")
+def colons_off(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: v.lstrip(":").strip())
+
+
+@wrong("08-exact", "tidied")
+def zeros_off(text, tool, arguments):
+    wanted = {key: value.lstrip("0") for key, value in arguments.items()}
+    return _pairwise(text, tool, wanted, value=lambda v: v.strip().lstrip("0"))
+
+
+@wrong("08-exact", "tidied")
+def composed(text, tool, arguments):
+    wanted = {key: unicodedata.normalize("NFC", value) for key, value in arguments.items()}
+    return _pairwise(text, tool, wanted, value=lambda v: unicodedata.normalize("NFC", v.strip()))
+
+
+@wrong("08-exact", "tidied")
+def compatible(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: unicodedata.normalize("NFKC", v.strip()))
+
+
+@wrong("08-exact", "spaces-outside")
+def blanks_alone_after_the_colon(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: v.rstrip().lstrip(" "))
+
+
+@wrong("08-exact", "spaces-outside")
+def blanks_and_newlines_alone_around(text, tool, arguments):
+    text = text.strip(" \n")
+    return text[:1] not in ("\t", "\r") and text[-1:] != "\r" and _pairwise(text, tool, arguments)
+
+
+@wrong("08-exact", "spaces-inside")
+def tabs_are_blanks(text, tool, arguments):
+    return _pairwise(text, tool, arguments, written=lambda text: text.replace("\t", " "))
+
+
+@wrong("08-exact", "blank-line")
+def lines_of_blanks_skipped(text, tool, arguments):
+    return _pairwise(text, tool, arguments, blank=lambda line: line != "" and not line.strip())
 
 
 # 08-interval
