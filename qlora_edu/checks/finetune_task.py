@@ -5,7 +5,7 @@ import math
 import random
 import re
 from collections import Counter
-from itertools import count, product
+from itertools import accumulate, combinations, count, product
 from unittest.mock import patch
 
 import numpy
@@ -319,7 +319,9 @@ def _key(request: str) -> str:
 @exercise("08-split", probe=_split_elsewhere)
 def split(answer: Answer, draw: Draw) -> None:
     """`f(examples, share, seed)`: (training, held out), no request on both sides."""
-    seeds, many = [*range(8), *(draw.whole(100, 10**6) for _ in range(4))], draw.whole(14, 25)
+    seeds = [*range(8), *(10**4 * draw.whole(1, 99) + 1000 * i + draw.whole(0, 999) for i in range(4))]
+    many = draw.whole(14, 25)
+    by_seed = [[] for _ in seeds]
     for groups, share, size in (
         (10, 0.31, 3),
         (many, 6.3 / many, 6),
@@ -328,11 +330,12 @@ def split(answer: Answer, draw: Draw) -> None:
         (7, 0.05, 1),
         (6, 0.97, 5),
     ):
-        rows = [(f"Fix bike {i}", f"answer {i}") for i in range(groups)]
+        rows = [(f"Fix v\u00e9lo {i}", f"answer {i}") for i in range(groups)]
         for i in range(0, groups, 2):  # the same request in other letters, and more often
-            others = (f"fix  BIKE {i}", f"Fix bike\n{i}", f"\tFix bike {i}", f"Fix bike {i} \n")
+            one = rows[i][0]
+            others = (f"fix  V\u00c9LO {i}", one.replace("o ", "o\n"), f"\t{one}", f"{one} \n", one)
             more = [(other, f"answer {n % 2} of {i}") for n, other in enumerate(others)]
-            rows += [*more, rows[i], more[0]][: 1 + i % 4] if i else [*more, rows[i], more[0]]
+            rows += [*more, rows[i], more[0]][: 1 + i % 5] if i else [*more, rows[i], more[0]]
         rows = [rows[i] for i in draw.permutation(len(rows)).tolist()]
         case = f"for {groups} requests in {len(rows)} rows, share = {share:.3f}"
         kept = []
@@ -346,7 +349,8 @@ def split(answer: Answer, draw: Draw) -> None:
             total, what = len(train + held), f"every row is on one side, {case}"
             changed = [pair for pair in train + held if pair not in rows]
             expect.true(not changed, f"a row as it was given, {case}", "rows-changed", "", changed[:1])
-            expect.true(not Counter(rows) - Counter(train + held), what, "rows-lost", len(rows), total)
+            lost = [*(Counter(rows) - Counter(train + held))]
+            expect.true(not lost, what, "rows-lost", lost[:1], "not on any side, or not as often")
             expect.true(total == len(rows), what, "rows-twice", len(rows), total)
             sides = [{_key(request) for request, _ in side} for side in (train, held)]
             both = ", ".join(sorted(sides[0] & sides[1]))
@@ -359,21 +363,31 @@ def split(answer: Answer, draw: Draw) -> None:
         order = list(dict.fromkeys(_key(request) for request, _ in rows))
         an_end = found[0] in (set(order[:size]), set(order[-size:])) and found != moved
         expect.true(found == again, f"a seed gives the same split again, {case}", "not-fixed")
-        if (
-            math.comb(groups, size) > 100
-        ):  # twelve drawn from so many are hardly ever fewer than six different ones
+        if math.comb(groups, size) > 100:
+            for seen, held in zip(by_seed, found, strict=True):
+                seen.append(frozenset(held))
+            # Twelve drawn from so many are hardly ever fewer than six different ones.
             count, mistake = len(set(map(frozenset, found))), "in-order" if an_end else "seed-ignored"
             expect.true(count > 5, f"different splits for 12 seeds, {case}", mistake, "about 12", count)
         expect.true(found == moved, f"the order of the rows does not matter, {case}", "order-matters")
         expect.true(
             all(kept), "the generator that the whole program draws from stays as it was", "global-seed"
         )
+    _drawn_alike(answer, draw)
+    # That two seeds draw the same three times over, from 120 and twice from more than 3,000, never happens.
+    alike, what = (
+        len(by_seed) - len(set(map(tuple, by_seed))),
+        "seeds whose splits are always those of another",
+    )
+    expect.true(not alike, f"{what}, among {', '.join(map(str, seeds))}", "seed-ignored", 0, alike)
     asked = "New bell for the red bike, please"  # what differs in anything else is another request
     words, long = asked.split(), asked + ", it is the one with the basket in front: 1"
     for one, other in (
         *((asked, other) for other in (asked[:-1], asked + "?", " ".join(sorted(words)))),
         (asked, asked.replace("New bell", "Newbell")),
         (asked, asked.replace("New", "N\u00e9w")),
+        (asked.replace("New", "N\u00e9w"), asked.replace("New", "Ne\u0301w")),
+        (asked.replace("red", "m\u00b2"), asked.replace("red", "m2")),
         (long, long[:-1] + "2"),
     ):
         pairs = [(one, "a"), (other, "a")]
@@ -384,3 +398,30 @@ def split(answer: Answer, draw: Draw) -> None:
     one = [("Fix bike", "a"), ("fix bike", "a")]
     answer.raises(ValueError, one, 0.5, 0, what="one request cannot be on two sides", mistake="one-request")
     answer.raises(ValueError, [], 0.5, 0, what="no request cannot be on two sides", mistake="one-request")
+
+
+def _drawn_alike(answer: Answer, draw: Draw) -> None:
+    """Refuse unless, over many seeds, any request, and any two together, are held out about as often as others."""
+    times, share, size = 200, 0.45, 4
+    names = ["bell", "chain", "frame", "lamp", "pedal", "pump", "saddle", "tyre", "wheel"]
+    rows = [(f"Fix the {names[i]}", "an answer") for i in draw.permutation(len(names)).tolist()]
+    sets, found = [*combinations(names, 1), *combinations(names, 2)], Counter()
+    for i in range(times):
+        sides = expect.parts(answer(rows, share, i * 10**4 + draw.whole(0, 9999))["sides"], "the result", 2)
+        held = {request.split()[-1] for request, _ in _pairs(sides[1], "the rows held out")}
+        found.update(names for names in sets if held.issuperset(names))
+    for some in sets:
+        each = math.comb(len(names) - len(some), size - len(some)) / math.comb(len(names), size)
+        # A right answer fails once in a million checks.
+        low, high = _likely(times, each, 1e-6 / (2 * len(sets)))
+        what = f"how often {' and '.join(some)} of {len(names)} requests are held out, {size} for each of {times} seeds"
+        expect.true(low <= found[some] <= high, what, "not-drawn", f"{low} to {high}", found[some])
+
+
+def _likely(times: int, each: float, chance: float) -> tuple[int, int]:
+    """The bounds of a count of `times` events of probability `each`, but for that chance on either side."""
+    terms = [math.comb(times, i) * each**i * (1 - each) ** (times - i) for i in range(times + 1)]
+    below, above = (
+        next(i for i, total in enumerate(accumulate(line)) if total > chance) for line in (terms, terms[::-1])
+    )
+    return below, times - above

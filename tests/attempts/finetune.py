@@ -2007,3 +2007,89 @@ def one_request_is_enough(examples, share, seed):
 def shuffled_in_place(examples, share, seed):
     random.Random(seed).shuffle(examples)
     return by_sample(examples, share, seed)
+
+
+def _picked(pick):
+    """A split where `pick` chooses among the sorted requests."""
+
+    def picked(examples, share, seed):
+        groups = _groups(examples)
+        size, forms = _size(groups, share), sorted(groups)
+        return _sides(groups, pick(forms, size, seed, random.Random(seed)))
+
+    return picked
+
+
+@wrong("08-split", "not-drawn")
+def all_but_one_fixed(examples, share, seed):
+    def pick(forms, size, seed, generator):
+        return {*forms[: size - 1], generator.choice(forms[size - 1 :])}
+
+    return _picked(pick)(examples, share, seed)
+
+
+@wrong("08-split", "not-drawn")
+def neighbours_from_the_seed(examples, share, seed):
+    return _picked(lambda k, m, s, _: {k[(s + i) % len(k)] for i in range(m)})(examples, share, seed)
+
+
+@wrong("08-split", "not-drawn")
+def the_first_is_never_held_out(examples, share, seed):
+    def pick(forms, size, seed, generator):
+        return generator.sample(forms[1:], size)
+
+    return _picked(pick)(examples, share, seed)
+
+
+@wrong("08-split", "not-drawn")
+def the_first_is_always_held_out(examples, share, seed):
+    def pick(forms, size, seed, generator):
+        return [forms[0], *generator.sample(forms[1:], size - 1)]
+
+    return _picked(pick)(examples, share, seed)
+
+
+@wrong("08-split", "not-drawn")
+def from_the_second_half(examples, share, seed):
+    def pick(forms, size, seed, generator):
+        half = forms[len(forms) // 2 :]
+        return generator.sample(half if len(half) >= size else forms, size)
+
+    return _picked(pick)(examples, share, seed)
+
+
+@wrong("08-split", "seed-ignored")
+def zero_is_one(examples, share, seed):
+    return by_sample(examples, share, seed or 1)
+
+
+@wrong("08-split", "rows-lost")
+def one_answer_for_each_request(examples, share, seed):
+    return [
+        [(request, dict(examples)[request]) for request, _ in side]
+        for side in by_sample(examples, share, seed)
+    ]
+
+
+@wrong("08-split", "leak")
+def capitals_of_english_alone(examples, share, seed):
+    def form(request):
+        return " ".join("".join(c.lower() if c.isascii() else c for c in request).split())
+
+    return _by(form)(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def compatible_letters(examples, share, seed):
+    def form(request):
+        return " ".join(unicodedata.normalize("NFKC", request).lower().split())
+
+    return _by(form)(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def composed_letters(examples, share, seed):
+    def form(request):
+        return " ".join(unicodedata.normalize("NFC", request).lower().split())
+
+    return _by(form)(examples, share, seed)
