@@ -218,8 +218,9 @@ def examples(answer: Answer, draw: Draw) -> None:
         )
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    two = [(a, b), (c, d)]
+    two, alike = [(a, b), (c, d)], [(a, b), (c, b)]
     wide, high = f"{a}  {b}\t{c}", [(a.upper(), b), (a, d)]
+    lines, names = f"{b}  \n\t {c}\n\n {d}", ("request", "answer")
     for kind, mistake, what, text, right in (
         ("csv", "refuses-right", "a plain CSV file", f"{head}{a},{b}\n{c},{d}\n", two),
         ("csv", "by-position", "columns in another order", f"id,answer,request\n1,{b},{a}\n2,{d},{c}", two),
@@ -234,6 +235,14 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "splitlines", "the character U+2028 in a field", f"{head}{odd},{b}\n", [(odd, b)]),
         ("csv", "squeezed", "white space inside texts", f"{head}{wide},{b}  {d}\n", [(wide, f"{b}  {d}")]),
         ("csv", "capitals", "a request in capitals", f"{head}{a.upper()},{b}\n{a},{d}\n", high),
+        ("csv", "same-answer", "two requests with the same answer", f"{head}{a},{b}\n{c},{b}\n", alike),
+        ("csv", "ignored", "empty fields in another column", f"id,{head},{a},{b}\n \t,{c},{d}\n", two),
+        ("csv", "squeezed", "white space around lines in a text", f'{head}{a},"{lines}"\n', [(a, lines)]),
+        ("csv", "bom", "a byte order mark, names in quotes", f'\ufeff"request","answer"\n{a},{b}\n', two[:1]),
+        ("csv", "bom", "a byte order mark before an empty line", f"\ufeff\n{head}{a},{b}\n", two[:1]),
+        ("csv", "bom", "U+FEFF inside a text", f"{head}{a}\ufeff{c},{b}\n", [(f"{a}\ufeff{c}", b)]),
+        ("csv", "skipped", "a request that begins with #", f"{head}#{a},{b}\n{c},{d}\n", [(f"#{a}", b), (c, d)]),
+        ("csv", "skipped", "the header's words once more", f"{head}{a},{b}\n{head}", [(a, b), names]),
         ("jsonl", "refuses-right", "a plain JSONL file", objects(*two[::-1]), two[::-1]),
         ("jsonl", "by-position", "one more key, before the others", objects(*two, id="1"), two),
         ("jsonl", "bom", "a byte order mark", "\ufeff" + objects(*two), two),
@@ -243,14 +252,28 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("jsonl", "repeated", "a record that comes twice", objects(*two, two[0]), two),
         ("jsonl", "squeezed", "white space inside texts", objects((wide, wide)), [(wide, wide)]),
         ("jsonl", "capitals", "a request in capitals", objects(*high), high),
+        ("jsonl", "same-answer", "two requests with the same answer", objects(*alike), alike),
+        ("jsonl", "ignored", "other keys whose values are no texts", objects(*two, id=7, tag=None, to=["x"]), two),
+        ("jsonl", "ignored", "other keys whose values are empty", objects(*two, note="", more={}), two),
+        ("jsonl", "squeezed", "white space around lines in a text", objects((lines, lines)), [(lines, lines)]),
+        ("jsonl", "bom", "a byte order mark before an empty line", "\ufeff\n" + objects(*two), two),
     ):  # fmt: skip
         facts, what = answer(text, kind, crash=mistake), f"{what} ({kind})"
         if "refused" in facts:
             expect.fail(what, "a list", f"ValueError: {facts['refused']}", mistake)
         expect.same(_pairs(facts["examples"], what), right, what, {mistake: _pairs(facts["examples"], what)})
     before_csv, before = f'\n{head}{a},"{b}\n{c}"\n\n', "\n" + objects((a, b)) + "\n" + objects((c, d))
-    three, none = f"id,request,answer\nx,{a},{b}\n", f"\n \nid,{{}}\n{a},{b}\n"
+    both = '{"request": "x", "answer": "y"}'
+    other, space = f'{a},"{b}\n{c}"'.upper().replace(a.upper(), a), f"{a},{b} {c}"
+    three, last, none = (
+        f"id,request,answer\nx,{a},{b}\n",
+        f"{head[:-1]},id\n{a},{b},x\n",
+        f"\n \nid,{{}}\n{a},{b}\n",
+    )
     more = [(f"note {word}", f"reply {word}") for word in "klmnopqrstuvwxyz"]  # good records come after
+    count = draw.whole(30, 60)  # and before, in two long files
+    long = [(f"wish {'abcdefgh'[i // 8]}{'klmnopqr'[i % 8]}", "done") for i in range(count)]
+    long_csv = head + "".join(f"{x},{y}\n" for x, y in long)
     for kind, mistake, what, text, lines in (
         ("csv", "missing-column", "no column `answer`", f"request,reply\n{a},{b}\n", {1}),
         ("csv", "missing-column", "no column `request`", f"note,answer\n{a},{b}\n", {1}),
@@ -258,6 +281,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "missing-column", "no column `request`", none.format("answer"), {3}),
         ("csv", "short-row", "a row with one field", f"{before_csv}{d}\n{c},{a}\n", {6}),
         ("csv", "short-row", "a row with two fields of three", f"{three}y,{c}\n", {3}),
+        ("csv", "short-row", "a row without the field that is ignored", f"{last}{c},{d}\n", {3}),
         ("csv", "long-row", "a row with four fields of three", f"{three}y,{c},{d},\n", {3}),
         ("csv", "long-row", "a comma without quotes", f"{before_csv}{d},{a}, {b}\n", {6}),
         ("csv", "empty", "an answer of white space", f"{before_csv}{d}, \n", {6}),
@@ -265,6 +289,11 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "empty", "a row of a comma alone", f"{before_csv},\n", {6}),
         ("csv", "empty", "a row of two commas alone", f"{three},,\n", {3}),
         ("csv", "contradiction", "a request with two answers", f"{before_csv}{d},{b}\n{a},{d}\n", {7}),
+        ("csv", "contradiction", "an answer in other capitals", f"{before_csv}{other}\n", {6, 7}),
+        ("csv", "contradiction", "an answer with other white space", f"{before_csv}{space}\n", {6}),
+        ("csv", "missing-column", "`Request` in the place of `request`", f"Request,answer\n{a},{b}\n", {1}),
+        ("csv", "missing-column", "`ANSWER` in the place of `answer`", f"request,ANSWER\n{a},{b}\n", {1}),
+        ("csv", "short-row", "a row with one field in a long file", f"{long_csv}{d}\n", {count + 2}),
         ("jsonl", "missing-key", "no key `request`", before + '{"answer": "y"}\n', {5}),
         ("jsonl", "missing-key", "no key `answer`", before + '{"request": "x"}\n', {5}),
         ("jsonl", "broken", "a line that is no JSON", before + "{'request': 'x', 'answer': 'y'}\n", {5}),
@@ -273,6 +302,27 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("jsonl", "not-text", "a list for an object", before + '["request", "answer"]\n', {5}),
         ("jsonl", "empty", "an empty answer", before + '{"request": "x", "answer": ""}\n', {5}),
         ("jsonl", "contradiction", "a request with two answers", before + objects((f"{a} ", d)), {5}),
+        ("jsonl", "contradiction", "an answer in other capitals", before + objects((a, b.upper())), {5}),
+        ("jsonl", "missing-key", "`Request` for `request`", before + '{"Request": "x", "answer": "y"}\n', {5}),
+        ("jsonl", "missing-key", "an object without keys", before + "{}\n", {5}),
+        ("jsonl", "missing-key", "no key in a long file", objects(*long) + '{"answer": "y"}\n', {count + 1}),
+        *(
+            ("jsonl", "not-text", f"{value} for {key}", f'{before}{{"{names[1 - i]}": "x", "{key}": {value}}}\n', {5})
+            for value in ('["y"]', '{"job": "y"}', "7.5", "true", "false")
+            for i, key in enumerate(names)
+        ),
+        *(
+            ("jsonl", "not-text", f"{line} for an object", f"{before}{line}\n", {5})
+            for line in ("null", f"[{both}]", '"request, answer"', "7", "[]")
+        ),
+        *(
+            ("jsonl", "broken", what, f"{before}{line}\n", {5})
+            for what, line in (
+                ("two objects in a line", f"{both} {both}"),
+                ("a comma after an object", f"{both},"),
+                ("a line that begins with #", f"# {both}"),
+            )
+        ),
         ("csv", "nothing", "an empty text", "", None),
         ("csv", "nothing", "a header alone", head, None),
         ("jsonl", "nothing", "an empty text", "\n", None),
@@ -280,17 +330,35 @@ def examples(answer: Answer, draw: Draw) -> None:
         *((kind, "unknown-kind", "a kind of file", objects(*two), None) for kind in ("xlsx", "JSONL", "json")),
     ):  # fmt: skip
         if lines:
-            fields = text.strip("\n ").split("\n")[0].count(",") - 1  # columns beside the two
-            rows = "".join(f"{'z,' * fields}{x},{y}\n" for x, y in more)
+            columns = text.strip("\n ").split("\n")[0].split(",")
+            rows = "".join(
+                ",".join({"request": x, "answer": y}.get(column.lower(), "z") for column in columns) + "\n"
+                for x, y in more
+            )
             text += rows if kind == "csv" else objects(*more)
-        facts, what = answer(text, kind, crash=mistake), f"{what} ({kind})"
+        what = f"{what} ({kind})"
+        try:
+            facts = answer(text, kind, crash=mistake)
+        except expect.Wrong as wrong:
+            if wrong.mistake == mistake:  # another error than a ValueError
+                wrong.what, wrong.expected = what, "a ValueError"
+            raise
         if "refused" not in facts:
             expect.fail(what, "a ValueError", facts["examples"], mistake)
+        invented = not lines and re.search(r"\bline \d", facts["refused"], re.IGNORECASE)
+        if invented:
+            expect.fail(
+                what,
+                "a ValueError without a line",
+                facts["refused"],
+                "line-invented" if mistake == "nothing" else mistake,
+            )
         named = {int(number) for number in re.findall(r"\d+", facts["refused"])}
         if lines and not named & lines:
             wanted = f"a ValueError that names line {min(lines)}"
             expect.fail(what, wanted, facts["refused"], "line-wrong" if named else "line-unnamed")
-        if lines and len(named) > 8:  # a message may have some other numbers, such as columns and characters
+        # A message may have some other numbers, such as columns and characters, or how many records came before.
+        if lines and (len(named) > 8 or (min(lines) > 30 and max(lines) + 1 in named)):
             expect.fail(what, f"line {min(lines)} alone", facts["refused"], "lines-all")
 
 

@@ -1402,13 +1402,14 @@ def with_csv_reader(text, kind):
 def one_record_at_a_time(text, kind):
     def dictionaries():
         if kind == "jsonl":
-            for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
-                try:
-                    yield number, json.loads(line.lstrip("\ufeff") or "{}") if line.strip() else None
-                except json.JSONDecodeError:
-                    yield number, {}
+            for number, line in enumerate(io.StringIO(text.removeprefix("\ufeff"), newline="\n"), start=1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError:
+                        yield number, {}
         elif kind == "csv":
-            reader, header = csv.reader(io.StringIO(text.lstrip("\ufeff"))), None
+            reader, header = csv.reader(io.StringIO(text.removeprefix("\ufeff"))), None
             for row in reader:
                 if row == [] or (len(row) == 1 and row[0].isspace()):
                     continue
@@ -1419,8 +1420,6 @@ def one_record_at_a_time(text, kind):
 
     found, place = [], {}
     for number, record in dictionaries():
-        if record is None:
-            continue
         texts = [record.get(key) for key in ("request", "answer")] if isinstance(record, dict) else [None]
         if not all(isinstance(t, str) and t.strip() for t in texts):
             raise ValueError(f"{number}: a request or an answer is missing")
@@ -1784,6 +1783,153 @@ def no_line_in_the_error(text, kind):
         return with_csv_reader(text, kind)
     except ValueError:
         raise ValueError("this file cannot be read") from None
+
+
+def _reader(
+    table=None, record=None, load=json.loads, pair=None, differ=str.__ne__, line="line {}", none="none"
+):
+    """A right reader, with a part that may be spoilt.
+
+    table: of a row's fields and the header's. record: of a JSON line's value. `...` skips it.
+    """
+
+    def records(text, kind):
+        if kind == "jsonl":
+            for number, written in enumerate(text.split("\n"), start=1):
+                if not written.strip():
+                    continue
+                try:
+                    found = load(written.strip())
+                except ValueError:
+                    raise ValueError(line.format(number)) from None
+                found = record(found) if record else found
+                if found is not ...:
+                    yield number, found if isinstance(found, dict) else {}
+            return
+        header, reader = None, csv.reader(io.StringIO(text))
+        for fields in reader:
+            if len(fields) < 2 and not "".join(fields).strip():
+                continue
+            fields = table(fields, header) if table else fields
+            if fields is ...:
+                continue
+            header = header or fields
+            if len(fields) != len(header) or not {"request", "answer"} <= set(header):
+                raise ValueError(line.format(reader.line_num))
+            if fields is not header:
+                yield reader.line_num, dict(zip(header, fields, strict=True))
+
+    def read(text, kind):
+        if kind not in ("csv", "jsonl"):
+            raise ValueError("an unknown kind of file")
+        found = {}
+        for number, values in records(text.removeprefix("\ufeff"), kind):
+            texts = values.get("request"), values.get("answer")
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError(line.format(number))
+            request, answer = (text.strip() for text in texts)
+            request, answer = pair(request, answer, found) if pair else (request, answer)
+            if request is not None and differ(found.setdefault(request, answer), answer):
+                raise ValueError(line.format(number))
+        if not found:
+            raise ValueError(none)
+        return list(found.items())
+
+    return read
+
+
+def _spoilt(name, mistake, **parts):
+    read = _reader(**parts)
+
+    def reader(text, kind):
+        return read(text, kind)
+
+    reader.__name__ = name
+    wrong("08-examples", mistake)(reader)
+
+
+@right("08-examples")
+def with_parts(text, kind):
+    return _reader()(text, kind)
+
+
+def _filled_up(fields, header):
+    return fields if header is None else [*fields, *[""] * (len(header) - len(fields))]
+
+
+def _texts_of_lists(record):
+    parts = {list: lambda v: " ".join(map(str, v)), dict: str, float: str, bool: str}
+    if not isinstance(record, dict):
+        return record
+    return {key: parts.get(type(value), lambda v: v)(value) for key, value in record.items()}
+
+
+def _no_answer_twice(request, answer, found):
+    return (None, None) if answer in found.values() and request not in found else (request, answer)
+
+
+def _lines_stripped(request, answer, _):
+    return request, "\n".join(line.strip() for line in answer.split("\n"))
+
+
+def _all_filled(fields, header):
+    if not all(field.strip() for field in fields):
+        raise ValueError("an empty field")
+    return fields
+
+
+def _all_texts(record):
+    if isinstance(record, dict) and not all(isinstance(value, str) for value in record.values()):
+        raise ValueError("a value that is no text")
+    return record
+
+
+def _small_names(record):
+    return {key.lower(): value for key, value in record.items()} if isinstance(record, dict) else record
+
+
+_spoilt("answers_once", "same-answer", pair=_no_answer_twice)
+_spoilt("no_field_may_be_empty", "ignored", table=_all_filled)
+_spoilt("no_value_but_texts", "ignored", record=_all_texts)
+_spoilt("short_rows_filled_up", "short-row", table=_filled_up)
+_spoilt("anything_becomes_text", "not-text", record=_texts_of_lists)
+_spoilt("lines_stripped", "squeezed", pair=_lines_stripped)
+_spoilt("answers_in_any_capitals", "contradiction", differ=lambda a, b: a.lower() != b.lower())
+_spoilt("answers_in_any_spacing", "contradiction", differ=lambda a, b: a.split() != b.split())
+_spoilt("names_in_any_capitals", "missing-column", table=lambda f, h: f if h else [n.lower() for n in f])
+_spoilt("keys_in_any_capitals", "missing-key", record=_small_names)
+_spoilt("the_first_object", "broken", load=lambda line: json.JSONDecoder().raw_decode(line)[0])
+_spoilt("commas_after_objects", "broken", load=lambda line: json.loads(line.rstrip(",")))
+_spoilt("a_list_of_one", "not-text", record=lambda r: r[0] if isinstance(r, list) and len(r) == 1 else r)
+_spoilt("null_is_an_empty_line", "not-text", record=lambda r: ... if r is None else r)
+_spoilt("nothing_is_an_empty_line", "missing-key", record=lambda r: ... if r == {} else r)
+_spoilt("comments_in_csv", "skipped", table=lambda f, h: ... if f[0].startswith("#") else f)
+_spoilt("comments_in_jsonl", "broken", load=lambda s: ... if s.startswith("#") else json.loads(s))
+_spoilt("headers_skipped", "skipped", table=lambda f, h: ... if f == h else f)
+_spoilt("a_line_for_an_empty_file", "line-invented", none="line 1: no example")
+
+
+@wrong("08-examples", "lines-all")
+def near_that_line(text, kind):
+    try:
+        return with_parts(text, kind)
+    except ValueError as error:
+        number = re.search(r"\d+", str(error))
+        near = [int(number[0]) + i for i in (-1, 0, 1)] if number else []
+        raise ValueError(f"near {near}") from None
+
+
+@wrong("08-examples", "bom")
+def mark_of_the_first_name(text, kind):
+    def names(fields, header):
+        return fields if header else [field.lstrip("\ufeff") for field in fields]
+
+    return _reader(table=names)("\ufeff" + text if kind == "csv" and text[:1] == "\ufeff" else text, kind)
+
+
+@wrong("08-examples", "bom")
+def marks_everywhere(text, kind):
+    return with_parts(text.replace("\ufeff", ""), kind)
 
 
 # 08-split
