@@ -209,7 +209,7 @@ def _pairs(got, what: str) -> list[tuple[str, str]]:
 def examples(answer: Answer, draw: Draw) -> None:
     """`f(text, kind)`: the (request, answer) of each record of a CSV or JSONL text."""
     a, b, c, d = (f"{draw.choice('abcdefgh')}{word}" for word in ("-lamp", "-chain", "-pump", "-bell"))
-    head, odd = "request,answer\n", f"{a}\u2028{c}"
+    head, odd = "request,answer\n", f"{a}\u2028{c}\x85{d}"
 
     def objects(*pairs, **more) -> str:
         """A line for each pair; with further keys, these come first and the answer before the request."""
@@ -219,7 +219,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     two, alike = [(a, b), (c, d)], [(a, b), (c, b)]
-    wide, high = f"{a}  {b}\t{c}", [(a.upper(), b), (a, d)]
+    wide, high = f"{a}  {b}\t{c}e\u0301", [(a.upper(), b), (a, d)]
     lines, names = f"{b}  \n\t {c}\n\n {d}", ("request", "answer")
     for kind, mistake, what, text, right in (
         ("csv", "refuses-right", "a plain CSV file", f"{head}{a},{b}\n{c},{d}\n", two),
@@ -287,6 +287,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "empty", "an answer of white space", f"{before_csv}{d}, \n", {6}),
         ("csv", "empty", "an empty request", f'{head}{a},{b}\n,"{c}\n{d}"\n', {3, 4}),
         ("csv", "empty", "a row of a comma alone", f"{before_csv},\n", {6}),
+        ("csv", "empty", "a row of a comma between blanks", f"{before_csv} , \n", {6}),
         ("csv", "empty", "a row of two commas alone", f"{three},,\n", {3}),
         ("csv", "contradiction", "a request with two answers", f"{before_csv}{d},{b}\n{a},{d}\n", {7}),
         ("csv", "contradiction", "an answer in other capitals", f"{before_csv}{other}\n", {6, 7}),
@@ -326,7 +327,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "nothing", "an empty text", "", None),
         ("csv", "nothing", "a header alone", head, None),
         ("jsonl", "nothing", "an empty text", "\n", None),
-        *((kind, "unknown-kind", "a kind of file", f"{head}{a},{b}\n", None) for kind in ("xlsx", "CSV", "a")),
+        *((kind, "unknown-kind", "a kind of file", f"{head}{a},{b}\n", None) for kind in ("xlsx", "CSV", ".csv", "a")),
         *((kind, "unknown-kind", "a kind of file", objects(*two), None) for kind in ("xlsx", "JSONL", "json")),
     ):  # fmt: skip
         if lines:

@@ -853,6 +853,69 @@ def uses_the_list_up(model, steps, held_out, rate):
     return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
 
 
+@wrong("08-loop", "dropout-on")
+def children_alone_in_eval(model, steps, held_out, rate):
+    losses = _loop(model, steps, [], rate, weight=_tokens)[0]
+    for module in model.children():
+        module.eval()
+    with torch.no_grad():
+        held = sum(_sum(model, *batch).item() for batch in held_out) / _count(held_out)
+    model.train()
+    return losses, held
+
+
+@wrong("08-loop", "flags-changed")
+def freezes_everything_in_the_end(model, steps, held_out, rate):
+    result = _loop(model, steps, held_out, rate, weight=_tokens)
+    model.requires_grad_(False)
+    return result
+
+
+@wrong("08-loop", "flags-changed")
+def frees_everything_but_moves_a_part(model, steps, held_out, rate):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(True)
+    losses = []
+    for batches in steps:
+        loss = sum(_sum(model, *batch) for batch in batches) / _count(batches)
+        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            parameter.data -= rate * gradient
+        losses.append(loss.item())
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "held-out-learned")
+def held_out_goes_backward(model, steps, held_out, rate):
+    losses = _loop(model, steps, [], rate, weight=_tokens)[0]
+    model.eval()
+    held = sum(_sum(model, *batch) for batch in held_out) / _count(held_out)
+    held.backward()
+    model.train()
+    return losses, held.item()
+
+
+@wrong("08-loop", "clipped")
+def clips_long_gradients(model, steps, held_out, rate):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for batches in steps:
+        optimizer.zero_grad()
+        loss = sum(_sum(model, *batch) for batch in batches) / _count(batches)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "passes")
+def rows_of_one_length_together(model, steps, held_out, rate):
+    def joined(batches):
+        alike = len({ids.shape[1] for ids, _ in batches}) == 1
+        return [tuple(map(torch.cat, zip(*batches, strict=True)))] if alike else batches
+
+    return _loop(model, [joined(step) for step in steps], held_out, rate, weight=_tokens)
+
+
 # 08-exact
 
 
