@@ -222,6 +222,21 @@ def appends_the_end(rows, eos_id, pad_id):
     return ids, ids, ids
 
 
+@wrong("08-labels", "ids-rounded")
+def in_sixteen_bits(rows, eos_id, pad_id):
+    return tuple(part.to(torch.int16).long() for part in by_lists(rows, eos_id, pad_id))
+
+
+@wrong("08-labels", "ids-rounded")
+def through_bfloat16(rows, eos_id, pad_id):
+    return tuple(part.bfloat16().long() for part in by_lists(rows, eos_id, pad_id))
+
+
+@wrong("08-labels", "cut-off")
+def sixteen_tokens_at_most(rows, eos_id, pad_id):
+    return tuple(part[:, :16] for part in by_lists(rows, eos_id, pad_id))
+
+
 # 08-loss
 
 
@@ -387,6 +402,26 @@ def a_number(logits, labels):
     return with_cross_entropy(logits, labels).item()
 
 
+@wrong("08-loss", "changed-input")
+def writes_into_the_logits(logits, labels):
+    loss = with_cross_entropy(logits, labels)
+    with torch.no_grad():
+        logits -= logits.amax(-1, keepdim=True)
+    return loss
+
+
+@wrong("08-loss", "nothing-scored")
+def zero_times_a_large_sum(logits, labels):
+    if (labels[:, 1:] == -100).all():
+        return logits.float().exp().sum() * 0
+    return with_cross_entropy(logits, labels)
+
+
+@wrong("08-loss", "cut-off")
+def large_logits_cut_off(logits, labels):
+    return with_cross_entropy(logits.clamp(-1e4, 1e4), labels)
+
+
 # 08-schedule
 
 
@@ -516,6 +551,12 @@ def one_value_in_a_list(step, total, warmup):
 @wrong("08-schedule", "wrong-type")
 def one_value_for_all(step, total, warmup):
     return [(s + 1) / max(1, warmup) for s in range(total)]
+
+
+@wrong("08-schedule", "state")
+def counts_its_calls(step, total, warmup, calls=[0]):  # noqa: B006
+    calls[0] = calls[0] + 1 if step else 0
+    return with_cases(calls[0], total, warmup)
 
 
 # 08-loop
