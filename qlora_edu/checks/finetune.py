@@ -39,7 +39,7 @@ def labels(answer: Answer, draw: Draw) -> None:
         (((3, 2), (1, 4), (2, 0)), 2, 2),
         (((2, 3), (6, 1), (4, 2)), 7, 0),
         (((1, 1),), 2, 2),
-        (((draw.whole(60, 130), draw.whole(60, 130)), (2, 1)), 2, 0),
+        (((draw.whole(60, 130), draw.whole(60, 130)), (2, 1), (1, 0)), 2, 0),
         (((7, 6), (1, 0), *((draw.whole(1, 6), draw.whole(0, 5)) for _ in range(4))), 5, 5),
     ):
         rows, large = [], 2 * draw.whole(20_000, 24_575) + 1
