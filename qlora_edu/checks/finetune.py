@@ -177,6 +177,8 @@ def loss(answer: Answer, draw: Draw) -> None:
             "sign": -right if len(flat) else FAR,
             special: got if special else FAR,
         }
+        if special == "cut-off":  # so large that other mistakes look alike; smaller logits have shown those
+            looks = {special: got}
         expect.close(got, right, f"the loss, {case}", within, looks, torch.float32)
         expect.true(
             facts["gradient"] is not None,
