@@ -5,7 +5,7 @@ import math
 import random
 import re
 from collections import Counter
-from itertools import count
+from itertools import accumulate, combinations, count, product
 from unittest.mock import patch
 
 import numpy
@@ -56,6 +56,11 @@ def exact(answer: Answer, draw: Draw) -> None:
         (False, "blank-line", "an empty line in between", f"{first}\n\n{time}\n{label}"),
         (False, "empty", "an empty text", ""),
         (False, "empty", "white space alone", " \n"),
+        (False, "tool-key", "the tool under another key", whole.replace("tool:", "name:")),
+        (True, "spaces-outside", "a tab after a colon", whole.replace(": ", ":\t")),
+        (True, "spaces-outside", "other white space around the text", f"\t\r\n{whole}\t\r\n\r\n"),
+        (False, "blank-line", "a line of blanks in between", f"{first}\n{time}\n  \n{label}"),
+        (False, "blank-line", "an empty line that ends with \\r\\n", f"{first}\r\n{time}\r\n\r\n{label}"),
     ]
     for right, mistake, what, text in cases:
         _decided(answer, text, tool, arguments, right, what, mistake)
@@ -87,9 +92,18 @@ def exact(answer: Answer, draw: Draw) -> None:
     for odd in ("\u2028", "\x0c", "\r"):
         wanted, what = {"label": f"Gym{odd}Bag"}, f"a value that holds {odd!r}"
         _decided(answer, f"{first}\nlabel: Gym{odd}Bag", tool, wanted, True, what, "line-ends")
+    for pair in (  # whichever is wanted, the other is wrong
+        ("Gym", '"Gym"'), ("Gym", "'Gym'"), ("6 p.m", "6 p.m."), ("Gym", "Gym,"), ("7:15", "07:15"), ("2", "2.0"),
+        ("left", ":left"), ("Caf\u00e9", "Cafe\u0301"), ("m2", "m\u00b2"), ("Gym Bag", "Gym\tBag"),
+    ):  # fmt: skip
+        mistake = "spaces-inside" if "\t" in pair[1] else "tidied"
+        for value, written, space in product(pair, pair, ("", " ")):
+            what, line = f"a value where {value!r} is wanted", f"label:{space}{written}"
+            _decided(answer, f"{first}\n{line}", tool, {"label": value}, value == written, what, mistake)
     stop = "tool: stop"
     for right, mistake, what, text, wanted in (
         (True, "refuses-right", "a call without arguments", stop, {}),
+        (False, "tool-key", "a call without arguments, the tool under another key", "name: stop", {}),
         (False, "extra-argument", "an argument where none is wanted", f"{stop}\nroom: attic", {}),
         (False, "text-around", "a sentence after a call without arguments", f"{stop}\nDone.", {}),
         (False, "missing-argument", "no argument where one is wanted", stop, {"to": "noon"}),
@@ -102,7 +116,12 @@ def exact(answer: Answer, draw: Draw) -> None:
 def _decided(
     answer: Answer, text: str, tool: str, arguments: dict, right: bool, what: str, mistake: str
 ) -> None:
-    got = answer(text, tool, arguments, crash=mistake)
+    try:
+        got = answer(text, tool, arguments, crash=mistake)
+    except expect.Wrong as wrong:
+        if not text:  # which would be shown as nothing
+            wrong.what = wrong.what.replace("the call with ,", "the call with '',", 1)
+        raise
     expect.true(isinstance(got, bool), f"the verdict on {what}", "wrong-type", "True or False", got)
     expect.true(got == right, f"the verdict on {what}, {text!r}", mistake, str(right), str(got))
 
@@ -190,7 +209,7 @@ def _pairs(got, what: str) -> list[tuple[str, str]]:
 def examples(answer: Answer, draw: Draw) -> None:
     """`f(text, kind)`: the (request, answer) of each record of a CSV or JSONL text."""
     a, b, c, d = (f"{draw.choice('abcdefgh')}{word}" for word in ("-lamp", "-chain", "-pump", "-bell"))
-    head, odd = "request,answer\n", f"{a}\u2028{c}"
+    head, odd = "request,answer\n", f"{a}\u2028{c}\x85{d}"
 
     def objects(*pairs, **more) -> str:
         """A line for each pair; with further keys, these come first and the answer before the request."""
@@ -199,8 +218,9 @@ def examples(answer: Answer, draw: Draw) -> None:
         )
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
-    two = [(a, b), (c, d)]
-    wide, high = f"{a}  {b}\t{c}", [(a.upper(), b), (a, d)]
+    two, alike = [(a, b), (c, d)], [(a, b), (c, b)]
+    wide, high = f"{a}  {b}\t{c}e\u0301", [(a.upper(), b), (a, d)]
+    lines, names = f"{b}  \n\t {c}\n\n {d}", ("request", "answer")
     for kind, mistake, what, text, right in (
         ("csv", "refuses-right", "a plain CSV file", f"{head}{a},{b}\n{c},{d}\n", two),
         ("csv", "by-position", "columns in another order", f"id,answer,request\n1,{b},{a}\n2,{d},{c}", two),
@@ -215,6 +235,14 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "splitlines", "the character U+2028 in a field", f"{head}{odd},{b}\n", [(odd, b)]),
         ("csv", "squeezed", "white space inside texts", f"{head}{wide},{b}  {d}\n", [(wide, f"{b}  {d}")]),
         ("csv", "capitals", "a request in capitals", f"{head}{a.upper()},{b}\n{a},{d}\n", high),
+        ("csv", "same-answer", "two requests with the same answer", f"{head}{a},{b}\n{c},{b}\n", alike),
+        ("csv", "ignored", "empty fields in another column", f"id,{head},{a},{b}\n \t,{c},{d}\n", two),
+        ("csv", "squeezed", "white space around lines in a text", f'{head}{a},"{lines}"\n', [(a, lines)]),
+        ("csv", "bom", "a byte order mark, names in quotes", f'\ufeff"request","answer"\n{a},{b}\n', two[:1]),
+        ("csv", "bom", "a byte order mark before an empty line", f"\ufeff\n{head}{a},{b}\n", two[:1]),
+        ("csv", "bom", "U+FEFF inside a text", f"{head}{a}\ufeff{c},{b}\n", [(f"{a}\ufeff{c}", b)]),
+        ("csv", "skipped", "a request that begins with #", f"{head}#{a},{b}\n{c},{d}\n", [(f"#{a}", b), (c, d)]),
+        ("csv", "skipped", "the header's words once more", f"{head}{a},{b}\n{head}", [(a, b), names]),
         ("jsonl", "refuses-right", "a plain JSONL file", objects(*two[::-1]), two[::-1]),
         ("jsonl", "by-position", "one more key, before the others", objects(*two, id="1"), two),
         ("jsonl", "bom", "a byte order mark", "\ufeff" + objects(*two), two),
@@ -224,14 +252,28 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("jsonl", "repeated", "a record that comes twice", objects(*two, two[0]), two),
         ("jsonl", "squeezed", "white space inside texts", objects((wide, wide)), [(wide, wide)]),
         ("jsonl", "capitals", "a request in capitals", objects(*high), high),
+        ("jsonl", "same-answer", "two requests with the same answer", objects(*alike), alike),
+        ("jsonl", "ignored", "other keys whose values are no texts", objects(*two, id=7, tag=None, to=["x"]), two),
+        ("jsonl", "ignored", "other keys whose values are empty", objects(*two, note="", more={}), two),
+        ("jsonl", "squeezed", "white space around lines in a text", objects((lines, lines)), [(lines, lines)]),
+        ("jsonl", "bom", "a byte order mark before an empty line", "\ufeff\n" + objects(*two), two),
     ):  # fmt: skip
         facts, what = answer(text, kind, crash=mistake), f"{what} ({kind})"
         if "refused" in facts:
             expect.fail(what, "a list", f"ValueError: {facts['refused']}", mistake)
         expect.same(_pairs(facts["examples"], what), right, what, {mistake: _pairs(facts["examples"], what)})
     before_csv, before = f'\n{head}{a},"{b}\n{c}"\n\n', "\n" + objects((a, b)) + "\n" + objects((c, d))
-    three, none = f"id,request,answer\nx,{a},{b}\n", f"\n \nid,{{}}\n{a},{b}\n"
+    both = '{"request": "x", "answer": "y"}'
+    other, space = f'{a},"{b}\n{c}"'.upper().replace(a.upper(), a), f"{a},{b} {c}"
+    three, last, none = (
+        f"id,request,answer\nx,{a},{b}\n",
+        f"{head[:-1]},id\n{a},{b},x\n",
+        f"\n \nid,{{}}\n{a},{b}\n",
+    )
     more = [(f"note {word}", f"reply {word}") for word in "klmnopqrstuvwxyz"]  # good records come after
+    count = draw.whole(30, 60)  # and before, in two long files
+    long = [(f"wish {'abcdefgh'[i // 8]}{'klmnopqr'[i % 8]}", "done") for i in range(count)]
+    long_csv = head + "".join(f"{x},{y}\n" for x, y in long)
     for kind, mistake, what, text, lines in (
         ("csv", "missing-column", "no column `answer`", f"request,reply\n{a},{b}\n", {1}),
         ("csv", "missing-column", "no column `request`", f"note,answer\n{a},{b}\n", {1}),
@@ -239,13 +281,20 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "missing-column", "no column `request`", none.format("answer"), {3}),
         ("csv", "short-row", "a row with one field", f"{before_csv}{d}\n{c},{a}\n", {6}),
         ("csv", "short-row", "a row with two fields of three", f"{three}y,{c}\n", {3}),
+        ("csv", "short-row", "a row without the field that is ignored", f"{last}{c},{d}\n", {3}),
         ("csv", "long-row", "a row with four fields of three", f"{three}y,{c},{d},\n", {3}),
         ("csv", "long-row", "a comma without quotes", f"{before_csv}{d},{a}, {b}\n", {6}),
         ("csv", "empty", "an answer of white space", f"{before_csv}{d}, \n", {6}),
         ("csv", "empty", "an empty request", f'{head}{a},{b}\n,"{c}\n{d}"\n', {3, 4}),
         ("csv", "empty", "a row of a comma alone", f"{before_csv},\n", {6}),
+        ("csv", "empty", "a row of a comma between blanks", f"{before_csv} , \n", {6}),
         ("csv", "empty", "a row of two commas alone", f"{three},,\n", {3}),
         ("csv", "contradiction", "a request with two answers", f"{before_csv}{d},{b}\n{a},{d}\n", {7}),
+        ("csv", "contradiction", "an answer in other capitals", f"{before_csv}{other}\n", {6, 7}),
+        ("csv", "contradiction", "an answer with other white space", f"{before_csv}{space}\n", {6}),
+        ("csv", "missing-column", "`Request` in the place of `request`", f"Request,answer\n{a},{b}\n", {1}),
+        ("csv", "missing-column", "`ANSWER` in the place of `answer`", f"request,ANSWER\n{a},{b}\n", {1}),
+        ("csv", "short-row", "a row with one field in a long file", f"{long_csv}{d}\n", {count + 2}),
         ("jsonl", "missing-key", "no key `request`", before + '{"answer": "y"}\n', {5}),
         ("jsonl", "missing-key", "no key `answer`", before + '{"request": "x"}\n', {5}),
         ("jsonl", "broken", "a line that is no JSON", before + "{'request': 'x', 'answer': 'y'}\n", {5}),
@@ -254,24 +303,63 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("jsonl", "not-text", "a list for an object", before + '["request", "answer"]\n', {5}),
         ("jsonl", "empty", "an empty answer", before + '{"request": "x", "answer": ""}\n', {5}),
         ("jsonl", "contradiction", "a request with two answers", before + objects((f"{a} ", d)), {5}),
+        ("jsonl", "contradiction", "an answer in other capitals", before + objects((a, b.upper())), {5}),
+        ("jsonl", "missing-key", "`Request` for `request`", before + '{"Request": "x", "answer": "y"}\n', {5}),
+        ("jsonl", "missing-key", "an object without keys", before + "{}\n", {5}),
+        ("jsonl", "missing-key", "no key in a long file", objects(*long) + '{"answer": "y"}\n', {count + 1}),
+        *(
+            ("jsonl", "not-text", f"{value} for {key}", f'{before}{{"{names[1 - i]}": "x", "{key}": {value}}}\n', {5})
+            for value in ('["y"]', '{"job": "y"}', "7.5", "true", "false")
+            for i, key in enumerate(names)
+        ),
+        *(
+            ("jsonl", "not-text", f"{line} for an object", f"{before}{line}\n", {5})
+            for line in ("null", f"[{both}]", '"request, answer"', "7", "[]")
+        ),
+        *(
+            ("jsonl", "broken", what, f"{before}{line}\n", {5})
+            for what, line in (
+                ("two objects in a line", f"{both} {both}"),
+                ("a comma after an object", f"{both},"),
+                ("a line that begins with #", f"# {both}"),
+            )
+        ),
         ("csv", "nothing", "an empty text", "", None),
         ("csv", "nothing", "a header alone", head, None),
         ("jsonl", "nothing", "an empty text", "\n", None),
-        *((kind, "unknown-kind", "a kind of file", f"{head}{a},{b}\n", None) for kind in ("xlsx", "CSV", "a")),
+        *((kind, "unknown-kind", "a kind of file", f"{head}{a},{b}\n", None) for kind in ("xlsx", "CSV", ".csv", "a")),
         *((kind, "unknown-kind", "a kind of file", objects(*two), None) for kind in ("xlsx", "JSONL", "json")),
     ):  # fmt: skip
         if lines:
-            fields = text.strip("\n ").split("\n")[0].count(",") - 1  # columns beside the two
-            rows = "".join(f"{'z,' * fields}{x},{y}\n" for x, y in more)
+            columns = text.strip("\n ").split("\n")[0].split(",")
+            rows = "".join(
+                ",".join({"request": x, "answer": y}.get(column.lower(), "z") for column in columns) + "\n"
+                for x, y in more
+            )
             text += rows if kind == "csv" else objects(*more)
-        facts, what = answer(text, kind, crash=mistake), f"{what} ({kind})"
+        what = f"{what} ({kind})"
+        try:
+            facts = answer(text, kind, crash=mistake)
+        except expect.Wrong as wrong:
+            if wrong.mistake == mistake:  # another error than a ValueError
+                wrong.what, wrong.expected = what, "a ValueError"
+            raise
         if "refused" not in facts:
             expect.fail(what, "a ValueError", facts["examples"], mistake)
+        invented = not lines and re.search(r"\bline \d", facts["refused"], re.IGNORECASE)
+        if invented:
+            expect.fail(
+                what,
+                "a ValueError without a line",
+                facts["refused"],
+                "line-invented" if mistake == "nothing" else mistake,
+            )
         named = {int(number) for number in re.findall(r"\d+", facts["refused"])}
         if lines and not named & lines:
             wanted = f"a ValueError that names line {min(lines)}"
             expect.fail(what, wanted, facts["refused"], "line-wrong" if named else "line-unnamed")
-        if lines and len(named) > 8:  # a message may have some other numbers, such as columns and characters
+        # A message may have some other numbers, such as columns and characters, or how many records came before.
+        if lines and (len(named) > 8 or (min(lines) > 30 and max(lines) + 1 in named)):
             expect.fail(what, f"line {min(lines)} alone", facts["refused"], "lines-all")
 
 
@@ -300,7 +388,9 @@ def _key(request: str) -> str:
 @exercise("08-split", probe=_split_elsewhere)
 def split(answer: Answer, draw: Draw) -> None:
     """`f(examples, share, seed)`: (training, held out), no request on both sides."""
-    seeds, many = [*range(8), *(draw.whole(100, 10**6) for _ in range(4))], draw.whole(14, 25)
+    seeds = [*range(8), *(10**4 * draw.whole(1, 99) + 1000 * i + draw.whole(0, 999) for i in range(4))]
+    many = draw.whole(14, 25)
+    by_seed = [[] for _ in seeds]
     for groups, share, size in (
         (10, 0.31, 3),
         (many, 6.3 / many, 6),
@@ -309,11 +399,12 @@ def split(answer: Answer, draw: Draw) -> None:
         (7, 0.05, 1),
         (6, 0.97, 5),
     ):
-        rows = [(f"Fix bike {i}", f"answer {i}") for i in range(groups)]
+        rows = [(f"Fix v\u00e9lo {i}", f"answer {i}") for i in range(groups)]
         for i in range(0, groups, 2):  # the same request in other letters, and more often
-            others = (f"fix  BIKE {i}", f"Fix bike\n{i}", f"\tFix bike {i}", f"Fix bike {i} \n")
+            one = rows[i][0]
+            others = (f"fix  V\u00c9LO {i}", one.replace("o ", "o\n"), f"\t{one}", f"{one} \n", one)
             more = [(other, f"answer {n % 2} of {i}") for n, other in enumerate(others)]
-            rows += [*more, rows[i], more[0]][: 1 + i % 4] if i else [*more, rows[i], more[0]]
+            rows += [*more, rows[i], more[0]][: 1 + i % 5] if i else [*more, rows[i], more[0]]
         rows = [rows[i] for i in draw.permutation(len(rows)).tolist()]
         case = f"for {groups} requests in {len(rows)} rows, share = {share:.3f}"
         kept = []
@@ -327,7 +418,8 @@ def split(answer: Answer, draw: Draw) -> None:
             total, what = len(train + held), f"every row is on one side, {case}"
             changed = [pair for pair in train + held if pair not in rows]
             expect.true(not changed, f"a row as it was given, {case}", "rows-changed", "", changed[:1])
-            expect.true(not Counter(rows) - Counter(train + held), what, "rows-lost", len(rows), total)
+            lost = [*(Counter(rows) - Counter(train + held))]
+            expect.true(not lost, what, "rows-lost", lost[:1], "not on any side, or not as often")
             expect.true(total == len(rows), what, "rows-twice", len(rows), total)
             sides = [{_key(request) for request, _ in side} for side in (train, held)]
             both = ", ".join(sorted(sides[0] & sides[1]))
@@ -340,21 +432,31 @@ def split(answer: Answer, draw: Draw) -> None:
         order = list(dict.fromkeys(_key(request) for request, _ in rows))
         an_end = found[0] in (set(order[:size]), set(order[-size:])) and found != moved
         expect.true(found == again, f"a seed gives the same split again, {case}", "not-fixed")
-        if (
-            math.comb(groups, size) > 100
-        ):  # twelve drawn from so many are hardly ever fewer than six different ones
+        if math.comb(groups, size) > 100:
+            for seen, held in zip(by_seed, found, strict=True):
+                seen.append(frozenset(held))
+            # Twelve drawn from so many are hardly ever fewer than six different ones.
             count, mistake = len(set(map(frozenset, found))), "in-order" if an_end else "seed-ignored"
             expect.true(count > 5, f"different splits for 12 seeds, {case}", mistake, "about 12", count)
         expect.true(found == moved, f"the order of the rows does not matter, {case}", "order-matters")
         expect.true(
             all(kept), "the generator that the whole program draws from stays as it was", "global-seed"
         )
+    _drawn_alike(answer, draw)
+    # That two seeds draw the same three times over, from 120 and twice from more than 3,000, never happens.
+    alike, what = (
+        len(by_seed) - len(set(map(tuple, by_seed))),
+        "seeds whose splits are always those of another",
+    )
+    expect.true(not alike, f"{what}, among {', '.join(map(str, seeds))}", "seed-ignored", 0, alike)
     asked = "New bell for the red bike, please"  # what differs in anything else is another request
     words, long = asked.split(), asked + ", it is the one with the basket in front: 1"
     for one, other in (
         *((asked, other) for other in (asked[:-1], asked + "?", " ".join(sorted(words)))),
         (asked, asked.replace("New bell", "Newbell")),
         (asked, asked.replace("New", "N\u00e9w")),
+        (asked.replace("New", "N\u00e9w"), asked.replace("New", "Ne\u0301w")),
+        (asked.replace("red", "m\u00b2"), asked.replace("red", "m2")),
         (long, long[:-1] + "2"),
     ):
         pairs = [(one, "a"), (other, "a")]
@@ -365,3 +467,30 @@ def split(answer: Answer, draw: Draw) -> None:
     one = [("Fix bike", "a"), ("fix bike", "a")]
     answer.raises(ValueError, one, 0.5, 0, what="one request cannot be on two sides", mistake="one-request")
     answer.raises(ValueError, [], 0.5, 0, what="no request cannot be on two sides", mistake="one-request")
+
+
+def _drawn_alike(answer: Answer, draw: Draw) -> None:
+    """Refuse unless, over many seeds, any request, and any two together, are held out about as often as others."""
+    times, share, size = 200, 0.45, 4
+    names = ["bell", "chain", "frame", "lamp", "pedal", "pump", "saddle", "tyre", "wheel"]
+    rows = [(f"Fix the {names[i]}", "an answer") for i in draw.permutation(len(names)).tolist()]
+    sets, found = [*combinations(names, 1), *combinations(names, 2)], Counter()
+    for i in range(times):
+        sides = expect.parts(answer(rows, share, i * 10**4 + draw.whole(0, 9999))["sides"], "the result", 2)
+        held = {request.split()[-1] for request, _ in _pairs(sides[1], "the rows held out")}
+        found.update(names for names in sets if held.issuperset(names))
+    for some in sets:
+        each = math.comb(len(names) - len(some), size - len(some)) / math.comb(len(names), size)
+        # A right answer fails once in a million checks.
+        low, high = _likely(times, each, 1e-6 / (2 * len(sets)))
+        what = f"how often {' and '.join(some)} of {len(names)} requests are held out, {size} for each of {times} seeds"
+        expect.true(low <= found[some] <= high, what, "not-drawn", f"{low} to {high}", found[some])
+
+
+def _likely(times: int, each: float, chance: float) -> tuple[int, int]:
+    """The bounds of a count of `times` events of probability `each`, but for that chance on either side."""
+    terms = [math.comb(times, i) * each**i * (1 - each) ** (times - i) for i in range(times + 1)]
+    below, above = (
+        next(i for i, total in enumerate(accumulate(line)) if total > chance) for line in (terms, terms[::-1])
+    )
+    return below, times - above

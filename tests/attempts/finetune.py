@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import unicodedata
 from statistics import NormalDist
 
 import numpy as np
@@ -221,6 +222,21 @@ def appends_the_end(rows, eos_id, pad_id):
     return ids, ids, ids
 
 
+@wrong("08-labels", "ids-rounded")
+def in_sixteen_bits(rows, eos_id, pad_id):
+    return tuple(part.to(torch.int16).long() for part in by_lists(rows, eos_id, pad_id))
+
+
+@wrong("08-labels", "ids-rounded")
+def through_bfloat16(rows, eos_id, pad_id):
+    return tuple(part.bfloat16().long() for part in by_lists(rows, eos_id, pad_id))
+
+
+@wrong("08-labels", "cut-off")
+def sixteen_tokens_at_most(rows, eos_id, pad_id):
+    return tuple(part[:, :16] for part in by_lists(rows, eos_id, pad_id))
+
+
 # 08-loss
 
 
@@ -386,6 +402,26 @@ def a_number(logits, labels):
     return with_cross_entropy(logits, labels).item()
 
 
+@wrong("08-loss", "changed-input")
+def writes_into_the_logits(logits, labels):
+    loss = with_cross_entropy(logits, labels)
+    with torch.no_grad():
+        logits -= logits.amax(-1, keepdim=True)
+    return loss
+
+
+@wrong("08-loss", "nothing-scored")
+def zero_times_a_large_sum(logits, labels):
+    if (labels[:, 1:] == -100).all():
+        return logits.float().exp().sum() * 0
+    return with_cross_entropy(logits, labels)
+
+
+@wrong("08-loss", "cut-off")
+def large_logits_cut_off(logits, labels):
+    return with_cross_entropy(logits.clamp(-1e4, 1e4), labels)
+
+
 # 08-schedule
 
 
@@ -515,6 +551,12 @@ def one_value_in_a_list(step, total, warmup):
 @wrong("08-schedule", "wrong-type")
 def one_value_for_all(step, total, warmup):
     return [(s + 1) / max(1, warmup) for s in range(total)]
+
+
+@wrong("08-schedule", "state")
+def counts_its_calls(step, total, warmup, calls=[0]):  # noqa: B006
+    calls[0] = calls[0] + 1 if step else 0
+    return with_cases(calls[0], total, warmup)
 
 
 # 08-loop
@@ -852,6 +894,69 @@ def uses_the_list_up(model, steps, held_out, rate):
     return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
 
 
+@wrong("08-loop", "dropout-on")
+def children_alone_in_eval(model, steps, held_out, rate):
+    losses = _loop(model, steps, [], rate, weight=_tokens)[0]
+    for module in model.children():
+        module.eval()
+    with torch.no_grad():
+        held = sum(_sum(model, *batch).item() for batch in held_out) / _count(held_out)
+    model.train()
+    return losses, held
+
+
+@wrong("08-loop", "flags-changed")
+def freezes_everything_in_the_end(model, steps, held_out, rate):
+    result = _loop(model, steps, held_out, rate, weight=_tokens)
+    model.requires_grad_(False)
+    return result
+
+
+@wrong("08-loop", "flags-changed")
+def frees_everything_but_moves_a_part(model, steps, held_out, rate):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(True)
+    losses = []
+    for batches in steps:
+        loss = sum(_sum(model, *batch) for batch in batches) / _count(batches)
+        for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained), strict=True):
+            parameter.data -= rate * gradient
+        losses.append(loss.item())
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "held-out-learned")
+def held_out_goes_backward(model, steps, held_out, rate):
+    losses = _loop(model, steps, [], rate, weight=_tokens)[0]
+    model.eval()
+    held = sum(_sum(model, *batch) for batch in held_out) / _count(held_out)
+    held.backward()
+    model.train()
+    return losses, held.item()
+
+
+@wrong("08-loop", "clipped")
+def clips_long_gradients(model, steps, held_out, rate):
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for batches in steps:
+        optimizer.zero_grad()
+        loss = sum(_sum(model, *batch) for batch in batches) / _count(batches)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, _loop(model, [], held_out, rate, weight=_tokens)[1]
+
+
+@wrong("08-loop", "passes")
+def rows_of_one_length_together(model, steps, held_out, rate):
+    def joined(batches):
+        alike = len({ids.shape[1] for ids, _ in batches}) == 1
+        return [tuple(map(torch.cat, zip(*batches, strict=True)))] if alike else batches
+
+    return _loop(model, [joined(step) for step in steps], held_out, rate, weight=_tokens)
+
+
 # 08-exact
 
 
@@ -1125,6 +1230,85 @@ def returns_the_call(text, tool, arguments):
     return _read(text) or None
 
 
+def _pairwise(text, tool, arguments, value=str.strip, written=str, blank=lambda line: False, first=True):
+    """A right judge, with a part that may be spoilt."""
+    pairs = []
+    for line in written(text).strip().split("\n"):
+        if blank(line):
+            continue
+        key, _, rest = line.strip().partition(":")
+        if not re.fullmatch("[a-z_]+", key) or not value(rest):
+            return False
+        pairs.append((key, value(rest)))
+    keys = {key for key, _ in pairs}
+    if len(keys) < len(pairs) or pairs[0][1] != tool or (first and pairs[0][0] != "tool"):
+        return False
+    return dict(pairs[1:]) == arguments
+
+
+@right("08-exact")
+def with_a_dictionary_in_the_end(text, tool, arguments):
+    return _pairwise(text, tool, arguments)
+
+
+@wrong("08-exact", "tool-key")
+def the_tool_under_any_key(text, tool, arguments):
+    return _pairwise(text, tool, arguments, first=False)
+
+
+@wrong("08-exact", "tidied")
+def quotation_marks_off(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: v.strip().strip('"'))
+
+
+@wrong("08-exact", "tidied")
+def full_stop_off(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: v.strip().rstrip("."))
+
+
+@wrong("08-exact", "tidied")
+def colons_off(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: v.lstrip(":").strip())
+
+
+@wrong("08-exact", "tidied")
+def zeros_off(text, tool, arguments):
+    wanted = {key: value.lstrip("0") for key, value in arguments.items()}
+    return _pairwise(text, tool, wanted, value=lambda v: v.strip().lstrip("0"))
+
+
+@wrong("08-exact", "tidied")
+def composed(text, tool, arguments):
+    wanted = {key: unicodedata.normalize("NFC", value) for key, value in arguments.items()}
+    return _pairwise(text, tool, wanted, value=lambda v: unicodedata.normalize("NFC", v.strip()))
+
+
+@wrong("08-exact", "tidied")
+def compatible(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: unicodedata.normalize("NFKC", v.strip()))
+
+
+@wrong("08-exact", "spaces-outside")
+def blanks_alone_after_the_colon(text, tool, arguments):
+    return _pairwise(text, tool, arguments, value=lambda v: v.rstrip().lstrip(" "))
+
+
+@wrong("08-exact", "spaces-outside")
+def blanks_and_newlines_alone_around(text, tool, arguments):
+    text = text.strip(" \n")
+    return text[:1] not in ("\t", "\r") and text[-1:] != "\r" and _pairwise(text, tool, arguments)
+
+
+@wrong("08-exact", "spaces-inside")
+def tabs_are_blanks(text, tool, arguments):
+    return _pairwise(text, tool, arguments, written=lambda text: text.replace("\t", " "))
+
+
+@wrong("08-exact", "blank-line")
+def lines_of_blanks_skipped(text, tool, arguments):
+    return _pairwise(text, tool, arguments, blank=lambda line: line != "" and not line.strip())
+
+
 # 08-interval
 
 
@@ -1322,13 +1506,14 @@ def with_csv_reader(text, kind):
 def one_record_at_a_time(text, kind):
     def dictionaries():
         if kind == "jsonl":
-            for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
-                try:
-                    yield number, json.loads(line.lstrip("\ufeff") or "{}") if line.strip() else None
-                except json.JSONDecodeError:
-                    yield number, {}
+            for number, line in enumerate(io.StringIO(text.removeprefix("\ufeff"), newline="\n"), start=1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except json.JSONDecodeError:
+                        yield number, {}
         elif kind == "csv":
-            reader, header = csv.reader(io.StringIO(text.lstrip("\ufeff"))), None
+            reader, header = csv.reader(io.StringIO(text.removeprefix("\ufeff"))), None
             for row in reader:
                 if row == [] or (len(row) == 1 and row[0].isspace()):
                     continue
@@ -1339,8 +1524,6 @@ def one_record_at_a_time(text, kind):
 
     found, place = [], {}
     for number, record in dictionaries():
-        if record is None:
-            continue
         texts = [record.get(key) for key in ("request", "answer")] if isinstance(record, dict) else [None]
         if not all(isinstance(t, str) and t.strip() for t in texts):
             raise ValueError(f"{number}: a request or an answer is missing")
@@ -1706,6 +1889,153 @@ def no_line_in_the_error(text, kind):
         raise ValueError("this file cannot be read") from None
 
 
+def _reader(
+    table=None, record=None, load=json.loads, pair=None, differ=str.__ne__, line="line {}", none="none"
+):
+    """A right reader, with a part that may be spoilt.
+
+    table: of a row's fields and the header's. record: of a JSON line's value. `...` skips it.
+    """
+
+    def records(text, kind):
+        if kind == "jsonl":
+            for number, written in enumerate(text.split("\n"), start=1):
+                if not written.strip():
+                    continue
+                try:
+                    found = load(written.strip())
+                except ValueError:
+                    raise ValueError(line.format(number)) from None
+                found = record(found) if record else found
+                if found is not ...:
+                    yield number, found if isinstance(found, dict) else {}
+            return
+        header, reader = None, csv.reader(io.StringIO(text))
+        for fields in reader:
+            if len(fields) < 2 and not "".join(fields).strip():
+                continue
+            fields = table(fields, header) if table else fields
+            if fields is ...:
+                continue
+            header = header or fields
+            if len(fields) != len(header) or not {"request", "answer"} <= set(header):
+                raise ValueError(line.format(reader.line_num))
+            if fields is not header:
+                yield reader.line_num, dict(zip(header, fields, strict=True))
+
+    def read(text, kind):
+        if kind not in ("csv", "jsonl"):
+            raise ValueError("an unknown kind of file")
+        found = {}
+        for number, values in records(text.removeprefix("\ufeff"), kind):
+            texts = values.get("request"), values.get("answer")
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                raise ValueError(line.format(number))
+            request, answer = (text.strip() for text in texts)
+            request, answer = pair(request, answer, found) if pair else (request, answer)
+            if request is not None and differ(found.setdefault(request, answer), answer):
+                raise ValueError(line.format(number))
+        if not found:
+            raise ValueError(none)
+        return list(found.items())
+
+    return read
+
+
+def _spoilt(name, mistake, **parts):
+    read = _reader(**parts)
+
+    def reader(text, kind):
+        return read(text, kind)
+
+    reader.__name__ = name
+    wrong("08-examples", mistake)(reader)
+
+
+@right("08-examples")
+def with_parts(text, kind):
+    return _reader()(text, kind)
+
+
+def _filled_up(fields, header):
+    return fields if header is None else [*fields, *[""] * (len(header) - len(fields))]
+
+
+def _texts_of_lists(record):
+    parts = {list: lambda v: " ".join(map(str, v)), dict: str, float: str, bool: str}
+    if not isinstance(record, dict):
+        return record
+    return {key: parts.get(type(value), lambda v: v)(value) for key, value in record.items()}
+
+
+def _no_answer_twice(request, answer, found):
+    return (None, None) if answer in found.values() and request not in found else (request, answer)
+
+
+def _lines_stripped(request, answer, _):
+    return request, "\n".join(line.strip() for line in answer.split("\n"))
+
+
+def _all_filled(fields, header):
+    if not all(field.strip() for field in fields):
+        raise ValueError("an empty field")
+    return fields
+
+
+def _all_texts(record):
+    if isinstance(record, dict) and not all(isinstance(value, str) for value in record.values()):
+        raise ValueError("a value that is no text")
+    return record
+
+
+def _small_names(record):
+    return {key.lower(): value for key, value in record.items()} if isinstance(record, dict) else record
+
+
+_spoilt("answers_once", "same-answer", pair=_no_answer_twice)
+_spoilt("no_field_may_be_empty", "ignored", table=_all_filled)
+_spoilt("no_value_but_texts", "ignored", record=_all_texts)
+_spoilt("short_rows_filled_up", "short-row", table=_filled_up)
+_spoilt("anything_becomes_text", "not-text", record=_texts_of_lists)
+_spoilt("lines_stripped", "squeezed", pair=_lines_stripped)
+_spoilt("answers_in_any_capitals", "contradiction", differ=lambda a, b: a.lower() != b.lower())
+_spoilt("answers_in_any_spacing", "contradiction", differ=lambda a, b: a.split() != b.split())
+_spoilt("names_in_any_capitals", "missing-column", table=lambda f, h: f if h else [n.lower() for n in f])
+_spoilt("keys_in_any_capitals", "missing-key", record=_small_names)
+_spoilt("the_first_object", "broken", load=lambda line: json.JSONDecoder().raw_decode(line)[0])
+_spoilt("commas_after_objects", "broken", load=lambda line: json.loads(line.rstrip(",")))
+_spoilt("a_list_of_one", "not-text", record=lambda r: r[0] if isinstance(r, list) and len(r) == 1 else r)
+_spoilt("null_is_an_empty_line", "not-text", record=lambda r: ... if r is None else r)
+_spoilt("nothing_is_an_empty_line", "missing-key", record=lambda r: ... if r == {} else r)
+_spoilt("comments_in_csv", "skipped", table=lambda f, h: ... if f[0].startswith("#") else f)
+_spoilt("comments_in_jsonl", "broken", load=lambda s: ... if s.startswith("#") else json.loads(s))
+_spoilt("headers_skipped", "skipped", table=lambda f, h: ... if f == h else f)
+_spoilt("a_line_for_an_empty_file", "line-invented", none="line 1: no example")
+
+
+@wrong("08-examples", "lines-all")
+def near_that_line(text, kind):
+    try:
+        return with_parts(text, kind)
+    except ValueError as error:
+        number = re.search(r"\d+", str(error))
+        near = [int(number[0]) + i for i in (-1, 0, 1)] if number else []
+        raise ValueError(f"near {near}") from None
+
+
+@wrong("08-examples", "bom")
+def mark_of_the_first_name(text, kind):
+    def names(fields, header):
+        return fields if header else [field.lstrip("\ufeff") for field in fields]
+
+    return _reader(table=names)("\ufeff" + text if kind == "csv" and text[:1] == "\ufeff" else text, kind)
+
+
+@wrong("08-examples", "bom")
+def marks_everywhere(text, kind):
+    return with_parts(text.replace("\ufeff", ""), kind)
+
+
 # 08-split
 
 
@@ -1927,3 +2257,89 @@ def one_request_is_enough(examples, share, seed):
 def shuffled_in_place(examples, share, seed):
     random.Random(seed).shuffle(examples)
     return by_sample(examples, share, seed)
+
+
+def _picked(pick):
+    """A split where `pick` chooses among the sorted requests."""
+
+    def picked(examples, share, seed):
+        groups = _groups(examples)
+        size, forms = _size(groups, share), sorted(groups)
+        return _sides(groups, pick(forms, size, seed, random.Random(seed)))
+
+    return picked
+
+
+@wrong("08-split", "not-drawn")
+def all_but_one_fixed(examples, share, seed):
+    def pick(forms, size, seed, generator):
+        return {*forms[: size - 1], generator.choice(forms[size - 1 :])}
+
+    return _picked(pick)(examples, share, seed)
+
+
+@wrong("08-split", "not-drawn")
+def neighbours_from_the_seed(examples, share, seed):
+    return _picked(lambda k, m, s, _: {k[(s + i) % len(k)] for i in range(m)})(examples, share, seed)
+
+
+@wrong("08-split", "not-drawn")
+def the_first_is_never_held_out(examples, share, seed):
+    def pick(forms, size, seed, generator):
+        return generator.sample(forms[1:], size)
+
+    return _picked(pick)(examples, share, seed)
+
+
+@wrong("08-split", "not-drawn")
+def the_first_is_always_held_out(examples, share, seed):
+    def pick(forms, size, seed, generator):
+        return [forms[0], *generator.sample(forms[1:], size - 1)]
+
+    return _picked(pick)(examples, share, seed)
+
+
+@wrong("08-split", "not-drawn")
+def from_the_second_half(examples, share, seed):
+    def pick(forms, size, seed, generator):
+        half = forms[len(forms) // 2 :]
+        return generator.sample(half if len(half) >= size else forms, size)
+
+    return _picked(pick)(examples, share, seed)
+
+
+@wrong("08-split", "seed-ignored")
+def zero_is_one(examples, share, seed):
+    return by_sample(examples, share, seed or 1)
+
+
+@wrong("08-split", "rows-lost")
+def one_answer_for_each_request(examples, share, seed):
+    return [
+        [(request, dict(examples)[request]) for request, _ in side]
+        for side in by_sample(examples, share, seed)
+    ]
+
+
+@wrong("08-split", "leak")
+def capitals_of_english_alone(examples, share, seed):
+    def form(request):
+        return " ".join("".join(c.lower() if c.isascii() else c for c in request).split())
+
+    return _by(form)(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def compatible_letters(examples, share, seed):
+    def form(request):
+        return " ".join(unicodedata.normalize("NFKC", request).lower().split())
+
+    return _by(form)(examples, share, seed)
+
+
+@wrong("08-split", "merged")
+def composed_letters(examples, share, seed):
+    def form(request):
+        return " ".join(unicodedata.normalize("NFC", request).lower().split())
+
+    return _by(form)(examples, share, seed)
