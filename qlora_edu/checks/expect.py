@@ -109,9 +109,7 @@ def close(
         for name, tensors in (looks_like or {}).items()
         for wrong in ([tensors] if isinstance(tensors, Tensor) else tensors)
         if wrong.shape == got.shape
-        and not _differs(
-            got, wrong, near + 4 * EPSILON * wrong.abs()
-        ).any()  # which may be larger, and is rounded
+        and not _differs(got, wrong, near).any()
         and (wrong.shape != right.shape or _differs(wrong, right, 0.0).any())
     ]
     named = fits[0] if fits else None
