@@ -45,33 +45,19 @@ def lines(shape: tuple[int, int]):
     ours = blockwise.quantize(weight)
     packed, state = reference.quantize(weight)
     assert differing(ours.packed, packed.flatten())[1] == 0
-    single = functional.QuantState(
-        state.absmax, state.shape, state.code, state.blocksize, state.quant_type, torch.float32
-    )
-    out = torch.empty(shape, dtype=torch.bfloat16)
-    full = torch.empty(shape)
-    assert differing(ours.dequantize(torch.float32), functional.dequantize_4bit(packed, single))[1] == 0
     yield "quantize", lambda: blockwise.quantize(weight), lambda: reference.quantize(weight)
-    yield (
-        "decode to float32",
-        lambda: ours.dequantize(torch.float32),
-        lambda: functional.dequantize_4bit(packed, single),
-    )
-    yield (
-        "decode to float32, reused",
-        lambda: ours.dequantize(out=full),
-        lambda: functional.dequantize_4bit(packed, single),
-    )
-    yield (
-        "decode to bfloat16",
-        lambda: ours.dequantize(torch.bfloat16),
-        lambda: functional.dequantize_4bit(packed, state),
-    )
-    yield (
-        "decode to bfloat16, reused",
-        lambda: ours.dequantize(out=out),
-        lambda: functional.dequantize_4bit(packed, state),
-    )
+    for dtype in (torch.float32, torch.bfloat16):
+        facts = (state.absmax, state.shape, state.code, state.blocksize, state.quant_type, dtype)
+        as_dtype, out = functional.QuantState(*facts), torch.empty(shape, dtype=dtype)
+
+        def theirs(as_dtype=as_dtype):
+            return functional.dequantize_4bit(packed, as_dtype)
+
+        if dtype == torch.float32:  # AVX512-BF16 rounds the smallest numbers to zero
+            assert differing(ours.dequantize(dtype), theirs())[1] == 0
+        what = f"decode to {str(dtype).removeprefix('torch.')}"
+        yield what, lambda dtype=dtype: ours.dequantize(dtype), theirs
+        yield f"{what}, reused", lambda out=out: ours.dequantize(out=out), theirs
 
 
 def main() -> int:

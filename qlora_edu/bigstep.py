@@ -64,25 +64,22 @@ def build(shape: str, rank: int = 16, seed: int = 0, said: Callable[[str], None]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=DTYPE)
     torch.manual_seed(seed)
-    draw = _drawer(max(m.weight.numel() for m in model.model.layers[0].modules() if isinstance(m, nn.Linear)))
+    layers = [m for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    draw = _drawer(max(layer.weight.numel() for layer in layers))
     for number, block in enumerate(model.model.layers, start=1):
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.Linear):
                 base = NF4Linear(quantize(draw(module.weight.shape), double_quant=True), compute_dtype=DTYPE)
-                parent, _, last = name.rpartition(".")
-                layer = QLoRALinear(base, rank, 2 * rank, compute_dtype=DTYPE)
-                setattr(block.get_submodule(parent), last, layer)
+                block.set_submodule(name, QLoRALinear(base, rank, 2 * rank, compute_dtype=DTYPE))
         if number % 10 == 0:
             said(f"{number} of {len(model.model.layers)} blocks, {memory.resident() / 1e9:.2f} GB")
     for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            shape_, tied = parameter.shape, name.startswith("lm_head") and config.tie_word_embeddings
-            if not tied:
-                data = torch.ones(shape_, dtype=DTYPE) if len(shape_) == 1 else draw(shape_).clone()
-                parent, _, last = name.rpartition(".")
-                setattr(model.get_submodule(parent), last, nn.Parameter(data, requires_grad=False))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        if parameter.is_meta:  # embedding, output layer, norms
+            owner, _, last = name.rpartition(".")
+            norm = parameter.dim() == 1
+            data = torch.ones(parameter.shape, dtype=DTYPE) if norm else draw(parameter.shape).clone()
+            setattr(model.get_submodule(owner), last, nn.Parameter(data, requires_grad=False))
+    model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)  # its table was on the meta device
     return model
 

@@ -52,8 +52,8 @@ def quantize_checkpoint(
 
     Raises:
         FileNotFoundError: if the source holds no such model.
-        ValueError: if the target is the source, or holds something that this call would not have begun: another
-            model, or one quantized with other options.
+        ValueError: if a layer's weight is not in the source; if the target is the source, or holds something that
+            this call would not have begun: another model, or one quantized with other options.
     """
     source, target = Path(source), Path(target)
     files = _shards(source)
@@ -83,6 +83,9 @@ def quantize_checkpoint(
         }
         del tensors
         _write(target / LIST, done)
+    there = {name for listed in done["shards"].values() for name in listed["tensors"]}
+    if missing := sorted(linears - there):
+        raise ValueError(f"source: {str(source)!r} lacks {missing[0]}, which its config.json speaks of")
     _finish(source, target, done, compute_dtype)
     return target
 
@@ -120,7 +123,9 @@ def _begun(target: Path, options: dict) -> dict:
             raise ValueError(
                 f"target: {str(target)!r} holds {strangers[0]}, which this function did not write"
             )
-        return {"options": options, "shards": {}}
+        done = {"options": options, "shards": {}}
+        _write(target / LIST, done)  # before the first shard, which would else be a stranger after a kill
+        return done
     done = json.loads((target / LIST).read_text())
     if differ := sorted(name for name in options if done["options"].get(name) != options[name]):
         raise ValueError(

@@ -16,7 +16,7 @@ OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
 def network(dtype=torch.float32, device="cuda"):
     numbers = iter(normals()[: sum(SIZES)].split(SIZES))
-    return [torch.nn.Parameter(next(numbers).to(device, dtype)) for _ in SIZES]
+    return [torch.nn.Parameter(next(numbers).to(device, dtype, copy=True)) for _ in SIZES]
 
 
 def steps(optimizer, parameters, first, last):
@@ -72,6 +72,52 @@ def test_what_the_driver_says_becomes_the_error(monkeypatch):
     monkeypatch.setattr(managed, "_driver", lambda: Driver)
     with pytest.raises(RuntimeError, match=r"^cuMemFree_v2: out of memory$"):
         managed._call("cuMemFree_v2", ctypes.c_uint64(1))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The class on the CPU, with ordinary tensors in the place of managed ones: its bookkeeping without its driver."""
+    monkeypatch.setattr(managed, "_managed_tensor", lambda n, device: torch.empty(n, dtype=torch.uint8))
+    moved = []
+    monkeypatch.setattr(ManagedMemory, "_move", lambda self, pages, to: moved.append((len(pages), to)))
+    memory = object.__new__(ManagedMemory)
+    memory.device, memory.page, memory.limit, memory._blocks = torch.device("cpu"), PAGE, 1_000_000, {}
+    memory.moved = moved
+    return memory
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_the_bookkeeping_gives_adamw_its_numbers(stand_in, monkeypatch, prefetch):
+    monkeypatch.setattr(ManagedMemory, "prefetch", lambda self, *pages: self._move(pages, 0))
+    ours, theirs = network(device="cpu"), network(device="cpu")
+    optimizer = PagedAdamW(ours, stand_in, min_numel=1000, prefetch=prefetch, **OPTIONS)
+    steps(optimizer, ours, 0, 4)
+    steps(torch.optim.AdamW(theirs, foreach=False, **OPTIONS), theirs, 0, 4)
+    assert equal(ours, theirs)
+    assert bool(stand_in.moved) == prefetch
+    assert stand_in.allocated == 8 * sum(SIZES)
+    kept = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(kept)
+    assert stand_in.allocated == 8 * sum(SIZES), "the old blocks are given back"
+
+
+def test_the_bookkeeping_of_blocks(stand_in):
+    block = stand_in.allocate(2 * PAGE + 1, "states")
+    assert block.pages == 3 and not stand_in.read(block).any()
+    assert [len(page) for page in stand_in.touch(*((block, i) for i in range(3)))] == [PAGE, PAGE, 1]
+    stand_in.write(block, torch.ones(2 * PAGE + 1, dtype=torch.uint8))
+    assert stand_in.touch((block, 2))[0].item() == 1
+    with pytest.raises(ValueError, match=r"data: expected uint8 \(8193,\)"):
+        stand_in.write(block, torch.ones(3))
+    with stand_in.holding(0), stand_in.holding(10):
+        assert stand_in.allocated == block.nbytes + 10
+    with pytest.raises(OutOfMemory, match="would pass the limit of 1,000,000"):
+        stand_in.allocate(1_000_000, "more")
+    with pytest.raises(IndexError, match="page: expected 0 to 2 of 'states'; got 3"):
+        stand_in.touch((block, 3))
+    stand_in.free(block)
+    with pytest.raises(ValueError, match="block: expected one that this memory has allocated and not freed"):
+        stand_in.read(block)
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------

@@ -86,6 +86,34 @@ shards.quantize_checkpoint({str(source)!r}, {str(target)!r}, progress=False)
     assert same(tensors(target), tensors(whole))
 
 
+def test_killed_before_the_first_shard_is_listed(source, tmp_path, monkeypatch):
+    """A shard that was written and not yet listed is no stranger: it is made again."""
+    real = shards.sha256
+
+    def killed(path):
+        if path.parent == tmp_path / "q":
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(shards, "sha256", killed)
+    with pytest.raises(KeyboardInterrupt):
+        shards.quantize_checkpoint(source, tmp_path / "q", progress=False)
+    assert len(list((tmp_path / "q").glob("*.safetensors"))) == 1
+    monkeypatch.undo()
+    shards.verify(shards.quantize_checkpoint(source, tmp_path / "q", progress=False))
+
+
+def test_a_source_without_a_layer_is_refused(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "source")
+    largest = max(copy.glob("*.safetensors"), key=lambda file: len(load_file(file)))
+    largest.unlink()
+    with pytest.raises(
+        ValueError, match=r"source: .* lacks model\.layers\.\d+\..*weight, which its config\.json"
+    ):
+        shards.quantize_checkpoint(copy, tmp_path / "q", progress=False)
+    assert not (tmp_path / "q" / "config.json").exists()
+
+
 def test_a_damaged_shard_is_found_and_made_again(source, tmp_path):
     target = shards.quantize_checkpoint(source, tmp_path / "q", progress=False)
     before = tensors(target)

@@ -87,9 +87,8 @@ def attempt(
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        stub = isinstance(error, NotImplementedError) and not str(
-            error
-        )  # torch's own says what is not implemented
+        # torch raises it too, and says what is not implemented
+        stub = isinstance(error, NotImplementedError) and not str(error)
         outcome.problem = "not-attempted" if stub else "crashed"
         outcome.message = "" if stub else _described(error)
         outcome.error = [cls.__name__ for cls in type(error).__mro__]

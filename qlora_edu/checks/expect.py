@@ -104,12 +104,20 @@ def close(
     got = tensor(got, what)
     other = isinstance(within, Tensor) and got.shape != right.shape  # a mistake may have another shape
     near = within.max() if other and within.numel() else within
+
+    def fitting(wrong: Tensor) -> float | Tensor:
+        """As large a share of what a mistake gives as of what is right: a larger number is rounded as it is."""
+        if wrong.shape != right.shape:
+            return near
+        ratio = wrong.double().abs() / right.double().abs()
+        return near * ratio.nan_to_num(1.0, posinf=1.0).clamp(min=1.0)
+
     fits = [
         name
         for name, tensors in (looks_like or {}).items()
         for wrong in ([tensors] if isinstance(tensors, Tensor) else tensors)
         if wrong.shape == got.shape
-        and not _differs(got, wrong, near).any()
+        and not _differs(got, wrong, fitting(wrong)).any()
         and (wrong.shape != right.shape or _differs(wrong, right, 0.0).any())
     ]
     named = fits[0] if fits else None

@@ -20,15 +20,26 @@ def check_bytes(name: str, value: int) -> None:
 def check_device(budget: int, page: int, policy: str) -> None:
     """Raise a ValueError unless the page is a power of two, the budget has room for one, and the policy exists."""
     check_bytes("budget", budget)
-    check_bytes("page", page)
-    if page < 64 or page & (page - 1):
-        raise ValueError(f"page: expected a power of two of at least 64 bytes; got {page}")
+    check_page(page)
     if budget < page:
         raise ValueError(
             f"budget: expected at least one page of {page:,} bytes; got {budget}. It is in bytes."
         )
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}; got {policy!r}")
+
+
+def check_page(page: int) -> None:
+    """Raise a ValueError unless `page` is a power of two of at least 64."""
+    check_bytes("page", page)
+    if page < 64 or page & (page - 1):
+        raise ValueError(f"page: expected a power of two of at least 64 bytes; got {page}")
+
+
+def check_data(block: Block, data: Tensor) -> None:
+    """Raise a ValueError unless `data` is as many bytes as the block has."""
+    if data.dtype != torch.uint8 or tuple(data.shape) != (block.nbytes,):
+        raise ValueError(f"data: expected uint8 ({block.nbytes},); got {data.dtype}, {tuple(data.shape)}")
 
 
 def check_flag(name: str, value: bool) -> None:

@@ -12,20 +12,19 @@ an optimizer works.
 
 import ctypes
 import weakref
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from qlora_edu.paging.checks import check_bytes, check_flag, check_pairs
-from qlora_edu.paging.pages import Block, OutOfMemory
+from qlora_edu.paging.checks import check_bytes, check_data, check_flag, check_page, check_pairs
+from qlora_edu.paging.pages import Block, Blocks, OutOfMemory
 
 ATTACH_GLOBAL = 1  # CU_MEM_ATTACH_GLOBAL: every device may use it
 HOST = -1  # CU_DEVICE_CPU
 
 
-class ManagedMemory:
+class ManagedMemory(Blocks):
     """Managed memory of one CUDA device.
 
     Args:
@@ -41,9 +40,7 @@ class ManagedMemory:
     def __init__(
         self, device: str | torch.device = "cuda", page: int = 64 * 1024 * 1024, limit: int | None = None
     ):
-        check_bytes("page", page)
-        if page < 64 or page & (page - 1):
-            raise ValueError(f"page: expected a power of two of at least 64 bytes; got {page}")
+        check_page(page)
         if limit is not None:
             check_bytes("limit", limit)
         if torch.device(device).type != "cuda" or not torch.cuda.is_available():
@@ -52,7 +49,7 @@ class ManagedMemory:
                 f"{'there' if torch.cuda.is_available() else 'not there'}. UnifiedMemory simulates one."
             )
         self.device = torch.empty(0, device=device).device  # with its number; makes CUDA's context, too
-        self.page, self.step = page, 0
+        self.page = page
         self.limit = torch.cuda.mem_get_info(self.device)[0] if limit is None else limit
         self._blocks: dict[Block, Tensor] = {}
 
@@ -93,16 +90,6 @@ class ManagedMemory:
         self._check(block)
         del self._blocks[block]
 
-    @contextmanager
-    def holding(self, nbytes: int, name: str = "activations"):
-        """Ordinary memory that lives until the end of the `with` block; 0 bytes are allowed."""
-        block = self.allocate(nbytes, name, resident=True) if nbytes else None
-        try:
-            yield
-        finally:
-            if block is not None:
-                self.free(block)
-
     def touch(self, *pages: tuple[Block, int]) -> list[Tensor]:
         """A uint8 view (page,) of each piece, the last one of a block shorter. Kernels that use it bring the pages."""
         check_pairs(pages, self._check)
@@ -124,8 +111,7 @@ class ManagedMemory:
     def write(self, block: Block, data: Tensor) -> None:
         """Replace a block's bytes, uint8 (nbytes,)."""
         self._check(block)
-        if data.dtype != torch.uint8 or tuple(data.shape) != (block.nbytes,):
-            raise ValueError(f"data: expected uint8 ({block.nbytes},); got {data.dtype}, {tuple(data.shape)}")
+        check_data(block, data)
         self._blocks[block].copy_(data)
 
     def _piece(self, block: Block, index: int) -> Tensor:
@@ -139,12 +125,6 @@ class ManagedMemory:
                 piece = self._piece(block, index)
                 with torch.cuda.device(self.device):
                     _call("cuMemPrefetchAsync", piece.data_ptr(), piece.nbytes, to, stream)
-
-    def _check(self, block: Block, index: int = 0) -> None:
-        if not isinstance(block, Block) or block not in self._blocks:
-            raise ValueError("block: expected one that this memory has allocated and not freed")
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < block.pages:
-            raise IndexError(f"page: expected 0 to {block.pages - 1} of {block.name!r}; got {index!r}")
 
 
 class _Allocation:

@@ -15,19 +15,18 @@ GPU goes on with other work while a page is on its way.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from qlora_edu.paging.checks import check_bytes, check_device, check_flag, check_pairs
-from qlora_edu.paging.pages import Block, Event, OutOfMemory
+from qlora_edu.paging.checks import check_bytes, check_data, check_device, check_flag, check_pairs
+from qlora_edu.paging.pages import Block, Blocks, Event, OutOfMemory
 
 POISON = 0xFF  # float32, bfloat16 and float16 all read NaN where every bit is set
 
 
-class UnifiedMemory:
+class UnifiedMemory(Blocks):
     """A device with a budget, and as much host RAM as there is.
 
     Args:
@@ -96,17 +95,6 @@ class UnifiedMemory:
         block.frames.clear()
         self._note("free", block)
 
-    @contextmanager
-    def holding(self, nbytes: int, name: str = "activations") -> Iterator[None]:
-        """Ordinary memory that lives until the end of the `with` block; 0 bytes are allowed."""
-        none = nbytes == 0 and not isinstance(nbytes, bool)
-        block = None if none else self.allocate(nbytes, name, resident=True)
-        try:
-            yield
-        finally:
-            if block is not None:
-                self.free(block)
-
     def touch(self, *pages: tuple[Block, int]) -> list[Tensor]:
         """Use pages together, as one kernel does: none of them is evicted to make room for another of them.
 
@@ -148,8 +136,7 @@ class UnifiedMemory:
     def write(self, block: Block, data: Tensor) -> None:
         """Replace a block's bytes, uint8 (nbytes,), wherever they are. Moves nothing."""
         self._check(block)
-        if data.dtype != torch.uint8 or tuple(data.shape) != (block.nbytes,):
-            raise ValueError(f"data: expected uint8 ({block.nbytes},); got {data.dtype}, {tuple(data.shape)}")
+        check_data(block, data)
         for index, part in enumerate(data.split(self.page)):
             row = self._device[block.frames[index]] if index in block.frames else block.host[index]
             row[: len(part)] = part
@@ -189,12 +176,6 @@ class UnifiedMemory:
                 f"{what or 'a block'}: {frames * self.page:,} bytes do not fit: of a budget of {self.budget:,}, "
                 f"{self.resident:,} are resident, and only the {self.managed:,} bytes of managed pages can be evicted."
             )
-
-    def _check(self, block: Block, index: int = 0) -> None:
-        if not isinstance(block, Block) or block not in self._blocks:
-            raise ValueError("block: expected one that this memory has allocated and not freed")
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < block.pages:
-            raise IndexError(f"page: expected 0 to {block.pages - 1} of {block.name!r}; got {index!r}")
 
     def _note(self, kind: str, block: Block, page: int | None = None) -> None:
         self.timeline.append(Event(self.step, kind, block.name, page, self.managed, self.resident))
