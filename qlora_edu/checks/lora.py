@@ -559,10 +559,11 @@ def share(answer: Answer, draw: Draw) -> Score:
         same = [min(budget // _cost(deltas, [1] * count), *(min(d.shape) for d in deltas))] * count
         left, equal, best = (100 * _left(deltas, r) for r in (ranks, same, _best(deltas, budget)))
         what = f"% of the squared size lost, over {count} matrices"
-        unspent = budget - _cost(deltas, ranks)
+        useful = [min(r, torch.linalg.matrix_rank(d).item()) for d, r in zip(deltas, ranks, strict=True)]
+        unspent = budget - _cost(deltas, useful)
         fits = any(sum(d.shape) <= unspent and r < min(d.shape) for d, r in zip(deltas, ranks, strict=True))
         mistake = (
-            "equal-ranks" if any(same) and list(ranks) == same else "budget-left" if fits else "size-ignored"
+            "budget-left" if fits else "equal-ranks" if any(same) and list(ranks) == same else "size-ignored"
         )
         most = WITHIN * best + 1e-6  # where nothing need be lost, a float32 rounding may be
         expect.true(left <= most, what, mistake, f"at most {most:.3f}", left)
