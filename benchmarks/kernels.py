@@ -75,6 +75,10 @@ def main() -> int:
         f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}, Python {sys.version.split()[0]}, "
         f"{options.threads} threads, kernels: {kernels}; {features}"
     )
+    if kernels == "numba":
+        from qlora_edu.kernels import numba_codes
+
+        print(f"compiled, or found on disk, in {numba_codes.ready():.1f} s")
     record, good = [], True
     for shape in SHAPES:
         count = shape[0] * shape[1]

@@ -1,4 +1,4 @@
-"""Says in ten lines, and a verdict, what this machine is, whether the course can run, and what to do if not.
+"""Says in eleven lines, and a verdict, what this machine is, whether the course can run, and what to do if not.
 
     python -m qlora_edu.doctor            (with --fetch it fetches the models first, where they are not ready)
 
@@ -152,6 +152,20 @@ def dtype() -> Verdict:
     return OK, f"{str(chosen).removeprefix('torch.')} on {device}. {reason}", ""
 
 
+def kernels() -> Verdict:
+    device = "cuda" if needed("torch").cuda.is_available() else "cpu"
+    choice, torch = needed("qlora_edu.kernels.choice"), needed("torch")
+    try:
+        chosen, reason = choice.chosen(torch.device(device))
+    except (ValueError, RuntimeError) as error:
+        return PROBLEM, str(error), f"unset {choice.VARIABLE}, and the kernels that fit are chosen"
+    text = f"{chosen} on {device}. {reason}"
+    if chosen == "numba":
+        seconds = needed("qlora_edu.kernels.numba_codes").ready()
+        text += f" They were ready after {seconds:.1f} s (the first time they are compiled)."
+    return OK, text, ""
+
+
 def memory() -> Verdict:
     available = needed("qlora_edu.limits").memory_available()
     text = f"{available / GB:.1f} GB free for this process"
@@ -197,11 +211,11 @@ def bitsandbytes() -> Verdict:
     return OK, "nothing to switch off on this CPU", ""
 
 
-EXAMINATIONS = (python, packages, processor, threads, gpu, dtype, memory, disk, model, bitsandbytes)
+EXAMINATIONS = (python, packages, processor, threads, gpu, dtype, kernels, memory, disk, model, bitsandbytes)
 
 
 def examine() -> list[Finding]:
-    """All ten findings. Raises nothing: what cannot be examined says so."""
+    """All eleven findings. Raises nothing: what cannot be examined says so."""
     return [finding(examination) for examination in EXAMINATIONS]
 
 

@@ -1,10 +1,11 @@
-"""The same fine-tuning step, done three ways, so that they can be compared like with like.
+"""The same fine-tuning step, done four ways, so that they can be compared like with like.
 
     course       this package: NF4 with double quantization, LoRA computed in 16 bits, only scored logits
+    course16     the same on the 16-bit base: LoRA without the Q
     libraries    transformers + PEFT + bitsandbytes: the same 4-bit base, PEFT's float32 LoRA
-    lora16       transformers + PEFT on the 16-bit base: LoRA without the Q
+    lora16       transformers + PEFT on the 16-bit base
 
-All three start from the same adapter: one seed, one order of draws.
+All four start from the same adapter: one seed, one order of draws.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_edu import models, qlora, reference
-from qlora_edu.lora import LLAMA_LINEARS
+from qlora_edu import lora, models, qlora, reference
 from qlora_edu.training import Batch, answer_loss, library_loss
 
 NAMES = {
     "course": "this course: NF4 + LoRA",
+    "course16": "this course: bf16 + LoRA",
     "libraries": "transformers + PEFT + bitsandbytes: NF4 + LoRA",
     "lora16": "transformers + PEFT: bf16 + LoRA",
 }
@@ -51,6 +52,9 @@ def build(
     if name == "course":
         qlora.add_qlora(model, r=r, alpha=alpha, compute_dtype=dtype)
         return Stack(name, model, answer_loss)
+    if name == "course16":
+        lora.add_lora(model, r=r, alpha=alpha, compute_dtype=dtype)
+        return Stack(name, model, answer_loss)
     return Stack(name, with_peft(model, r, alpha), library_loss)
 
 
@@ -59,5 +63,5 @@ def with_peft(model: nn.Module, r: int, alpha: int) -> nn.Module:
     reference.bitsandbytes()  # before PEFT imports it
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=list(LLAMA_LINEARS), task_type="CAUSAL_LM")
+    config = LoraConfig(r=r, lora_alpha=alpha, target_modules=list(lora.LLAMA_LINEARS), task_type="CAUSAL_LM")
     return get_peft_model(model, config)

@@ -30,22 +30,24 @@ def test_threads_that_wait_for_busy_cores_are_not_used(monkeypatch, capsys, many
 
 
 def test_an_unknown_stack_is_named():
-    with pytest.raises(ValueError, match="expected one of course, libraries, lora16; got 'peft'"):
+    with pytest.raises(ValueError, match="expected one of course, course16, libraries, lora16; got 'peft'"):
         stacks.build("peft")
 
 
 def test_all_stacks_start_from_the_same_adapter_and_loss():
-    """As loaded, the two 4-bit stacks are one function and draw one adapter; `course` differs only in rounding."""
+    """As loaded, the two 4-bit stacks are one function and draw one adapter, and so are the two 16-bit ones: the course
+    differs only in rounding."""
     from qlora_edu import memory, training
 
     batch = training.Batch.of(memory.random_rows(1, 12), 0)
-    built = {name: stacks.build(name) for name in ("course", "libraries")}
-    mine = next(iter(lora.lora_layers(built["course"].model).values())).lora_a
-    theirs = next(p for n, p in built["libraries"].model.named_parameters() if "lora_A" in n)
-    assert parity.differing(mine, theirs) == (8 * 576, 0)
-    with torch.no_grad():
-        losses = [stack.loss(stack.model.train(), batch, batch.scored).item() for stack in built.values()]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for here, there in (("course", "libraries"), ("course16", "lora16")):
+        built = {name: stacks.build(name) for name in (here, there)}
+        mine = next(iter(lora.lora_layers(built[here].model).values())).lora_a
+        theirs = next(p for n, p in built[there].model.named_parameters() if "lora_A" in n)
+        assert parity.differing(mine, theirs) == (8 * 576, 0)
+        with torch.no_grad():
+            losses = [stack.loss(stack.model.train(), batch, batch.scored).item() for stack in built.values()]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_a_wrong_dtype_is_refused_before_anything_is_quantized():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ NAMES = [
     "threads",
     "gpu",
     "dtype",
+    "kernels",
     "memory",
     "disk",
     "model",
@@ -38,6 +40,7 @@ def a_good_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(limits, "cpus", lambda: 64.0)
     monkeypatch.setattr(doctor, "product_seconds", lambda threads: 1e-3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("QLORA_EDU_KERNELS", raising=False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=50e9))
 
@@ -46,13 +49,13 @@ def examined(name):
     return doctor.finding(getattr(doctor, name))
 
 
-def test_a_good_machine_has_ten_lines_and_none_is_a_problem(capsys):
+def test_a_good_machine_has_eleven_lines_and_none_is_a_problem(capsys):
     findings = doctor.examine()
     assert [finding.name for finding in findings] == NAMES
     assert {finding.state for finding in findings} == {OK}
     assert doctor.report(findings) is True
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 11
+    assert len(printed) == 12
     assert printed[-1] == "The course can run here."
     assert f"torch {torch.__version__}" in printed[1]
 
@@ -109,7 +112,7 @@ def test_a_package_that_does_not_import_is_reported_and_nothing_is_raised(monkey
     assert "make clean setup" in findings["packages"].remedy
     assert [name for name, finding in findings.items() if finding.state == PROBLEM] == ["packages"]
     if missing == "torch":
-        for name in ("processor", "threads", "gpu", "dtype", "disk", "model"):
+        for name in ("processor", "threads", "gpu", "dtype", "kernels", "disk", "model"):
             assert findings[name].text.startswith("not examined: ")
     assert findings["memory"].state == OK
 
@@ -125,7 +128,7 @@ def test_the_report_needs_none_of_the_packages():
     )
     assert done.returncode == 1, done.stderr
     assert "torch does not import (ModuleNotFoundError" in done.stdout
-    assert len([line for line in done.stdout.splitlines() if line.startswith((OK, NOTE, PROBLEM))]) == 10
+    assert len([line for line in done.stdout.splitlines() if line.startswith((OK, NOTE, PROBLEM))]) == 11
 
 
 def test_a_package_that_is_too_old(monkeypatch):
@@ -242,6 +245,17 @@ def test_a_gpu(monkeypatch):
     monkeypatch.setattr(models, "pick_dtype", lambda device: (torch.float16, f"because {device}"))
     assert examined("gpu").text == "NVIDIA T4, compute capability 7.5, 12.0 of 16.0 GB free"
     assert examined("dtype").text == "float16 on cuda. because cuda"
+
+
+def test_the_kernels_that_are_forced_or_cannot_be(monkeypatch):
+    assert examined("kernels").text.startswith("torch on cpu. ")
+    monkeypatch.setenv("QLORA_EDU_KERNELS", "numba")
+    assert re.fullmatch(r"numba on cpu\. .* ready after \d+\.\d s .*", examined("kernels").text)
+    monkeypatch.setenv("QLORA_EDU_KERNELS", "fortran")
+    found = examined("kernels")
+    assert found.state == PROBLEM
+    assert "got 'fortran'" in found.text
+    assert "unset QLORA_EDU_KERNELS" in found.remedy
 
 
 def test_a_gpu_that_torch_cannot_use(monkeypatch):

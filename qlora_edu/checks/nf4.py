@@ -182,6 +182,10 @@ def nearest(answer: Answer, draw: Draw) -> None:
             "levels-returned": levels[right],
             "tie-upper": upper,
         }
+        if x.numel() == 1 and not torch.equal(right, upper):
+            del wrong[
+                "level-above"
+            ]  # which would have been seen at many numbers; at one it looks like the other
         if x.numel():
             wrong["wrong-dimension"] = (x.reshape(-1, 1).double() - levels.double()).abs().argmin(0)
         wrong["shape-lost"] = right.flatten() if x.ndim > 1 else []

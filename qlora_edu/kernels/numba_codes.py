@@ -6,6 +6,7 @@ each kind takes a second to compile; the result is kept on disk (`cache`).
 """
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -128,6 +129,17 @@ def encode_into(packed: Tensor, weight: Tensor, inverse: Tensor, codebook: str, 
         block_size // 2,
     )
     return packed
+
+
+def ready() -> float:
+    """Seconds until all loops have run once: some to compile them, the first time; a moment where they are on disk."""
+    begin = time.perf_counter()
+    packed, scale = torch.zeros(16, dtype=torch.uint8), torch.ones(1)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.zeros(32, dtype=dtype)
+        encode_into(packed, weight, scale, "nf4", 32)
+        decode_into(weight, packed, scale, "nf4", 32)
+    return time.perf_counter() - begin
 
 
 @cache

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from qlora_edu.memory import activations
 from qlora_edu.memory.activations import FLOAT32, Work
 from qlora_edu.memory.shapes import Shape
-from qlora_edu.training.loss import ROWS
+from qlora_edu.training.loss import IN_CACHE, ROWS
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,15 @@ class Step:
 def answer_loss(shape: Shape, work: Work, scored: int) -> Loss:
     """`training.answer_loss` on m scored positions, V tokens in the vocabulary: ROWS positions at a time.
 
-    peak   3 · 4 · ROWS · V: float32 logits of these rows, a temporary of logsumexp, the softmax of the rows before
+    peak   s · ROWS · V: the logits of these rows; 4 · IN_CACHE · V: some of them in float32, unless s is 4
            s (N + 2 m) d: the last norm's output, its scored rows, and their gradient
     kept   s m d, the gradient, and which positions are scored
     """
-    pieces = 2 if scored <= ROWS else 3
-    logits = pieces * FLOAT32 * min(ROWS, scored) * shape.vocabulary
-    grad = work.itemsize * scored * shape.d
-    return Loss(logits + 2 * grad + work.itemsize * work.tokens * shape.d, grad + work.tokens)
+    s, grad = work.itemsize, work.itemsize * scored * shape.d
+    logits = s * min(ROWS, scored) * shape.vocabulary
+    if s != FLOAT32:
+        logits += FLOAT32 * min(IN_CACHE, scored) * shape.vocabulary
+    return Loss(logits + 2 * grad + s * work.tokens * shape.d, grad + work.tokens)
 
 
 def library_loss(shape: Shape, work: Work, scored: int) -> Loss:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qlora_edu.training.batches import IGNORE, Batch
 
 ROWS = 128  # positions whose logits exist at one time
+IN_CACHE = 16  # those of them that are made a probability at one time, in float32
 
 
 def library_loss(model: nn.Module, batch: Batch, scored: int) -> Tensor:
@@ -67,14 +68,8 @@ class _CrossEntropy(torch.autograd.Function):
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), ROWS):
             part = slice(start, start + ROWS)
-            logits = (hidden[part] @ weight.T).float()  # (rows, vocabulary)
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
-            right = logits.gather(1, targets[part, None])
-            total += (normaliser - right).sum()
-            if grad is not None:
-                slope = logits.sub_(normaliser).exp_()  # softmax
-                slope.scatter_add_(1, targets[part, None], torch.full_like(right, -1.0))
-                grad[part] = slope.div_(count).to(hidden.dtype) @ weight
+            slope = None if grad is None else grad[part]
+            total += _some_rows(hidden[part], weight, targets[part, None], count, slope)
         if grad is not None:
             ctx.save_for_backward(grad)
         return total / count
@@ -83,3 +78,27 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = ctx.saved_tensors
         return grad * grad_loss.to(grad.dtype), None, None, None
+
+
+def _some_rows(hidden: Tensor, weight: Tensor, targets: Tensor, count: int, grad: Tensor | None) -> Tensor:
+    """The sum of -log p[target] over these rows; their gradient is written to `grad`, if it is wanted."""
+    logits = hidden @ weight.T  # (rows, vocabulary)
+    total = sum(
+        _loss_and_slope(some, target, count)
+        for some, target in zip(logits.split(IN_CACHE), targets.split(IN_CACHE), strict=True)
+    )
+    if grad is not None:
+        torch.matmul(logits, weight, out=grad)
+    return total
+
+
+def _loss_and_slope(logits: Tensor, target: Tensor, count: int) -> Tensor:
+    """The sum of -log p[target] over rows of logits, which become (p - onehot(target)) / count. target (rows, 1)."""
+    p = logits.float()
+    right = p.gather(1, target)
+    largest = p.amax(dim=1, keepdim=True)
+    p = p.sub_(largest).exp_()  # once: the same exponentials serve the loss and the slope
+    normaliser = p.sum(dim=1, keepdim=True)
+    p.div_(normaliser * count).scatter_add_(1, target, torch.full_like(right, -1 / count))
+    logits.copy_(p)
+    return (normaliser.log() + largest - right).sum()
