@@ -85,6 +85,7 @@ def bits(answer: Answer, draw: Draw) -> None:
             "codes-per-block": [right - codes + 8 * (n // first * -(-first // 2) + -(-(n % first) // 2))],
         }
         lists = {name: [[w / n] for w in values] for name, values in wrong.items()}
+        lists["digits"] = [[round(right / n, digits)] for digits in range(3, 13)]
         what = f"bits per weight, for n = {n}, first = {first}, second = {second}"
         # Only divisions are not exact, and each one keeps 16 digits.
         otherwise = None if (n, first, second) == cases[0] else "rounding"
@@ -481,6 +482,7 @@ def _check_mean(answer: Answer, layer: Tensor, levels: Tensor, size: int) -> Non
     one = [_error(s, levels, len(s), offset) for offset in (0.0, m)]
     parts = [_error(s, levels, size, offset) for offset in _part_means(s, size)]
     signed = [_error(s, levels, size, offset, torch.max) for offset in (0.0, m)]
+    own = torch.cat([_error(block, levels, size, block.mean()) for block in s.split(size)])
     right, part = [e.norm() / s.norm() for e in left], [e / s for e in left]
     centred = [(s.norm(), (s - m).norm()), 2 * [(s - m).norm()]]
     wrong = {
@@ -494,6 +496,7 @@ def _check_mean(answer: Answer, layer: Tensor, levels: Tensor, size: int) -> Non
         "one-absmax": [[e.norm() / s.norm() for e in one]],
         "abs-missing": [[e.norm() / s.norm() for e in signed]],
         "part-mean": [[right[0], e.norm() / s.norm()] for e in parts],
+        "block-mean": [[right[0], own.norm() / s.norm()]],
     }
     # Mean, absmax and what comes back are rounded some times, and a sum of n squares at most n times.
     within = [8 * EPSILON + len(s) * EPSILON * r for r in right]

@@ -12,6 +12,7 @@ from qlora_edu.checks.exercise import Answer, exercise
 
 IGNORE = -100
 FAR = torch.tensor(1e9)  # what no answer comes near
+LARGEST = 3.4e38  # nearly float32's
 
 
 def numbers(got, what: str, count: int) -> Tensor:
@@ -134,9 +135,12 @@ def loss(answer: Answer, draw: Draw) -> None:
         (1, 2, 9, torch.bfloat16, 6, "half-precision"),
         (2, 5, 7, torch.float32, 1, "nothing-scored"),
         (2, 4, 6, torch.float32, 300, "nothing-scored"),
+        (2, 4, 6, torch.float32, LARGEST, "nothing-scored"),
         (2, 6, 9, torch.float32, 10**6, "cut-off"),
     ):
         logits = (draw.normal(rows, length, vocabulary) * scale).to(dtype)
+        if scale == LARGEST:  # any two of them add up to infinity
+            logits = draw.uniform(rows, length, vocabulary, low=0.9) * scale
         labels = draw.integers(rows, length, low=0, high=vocabulary - 1)
         labels = labels.masked_fill(draw.uniform(rows, length) < 0.5, IGNORE)
         if special == "nothing-scored":
@@ -153,8 +157,8 @@ def loss(answer: Answer, draw: Draw) -> None:
         got = expect.tensor(facts["loss"], f"the loss, {case}", ())
         expect.true(facts["kept"], f"the logits stay as they are, {case}", "changed-input")
         expect.true(facts["trains"], f"gradients flow through the loss, {case}", "no-gradient")
-        # Each -log p is off by some roundings of its logits, and a sum of n numbers by n more.
-        size = logits.double().abs().max().item() + math.log(vocabulary)
+        # Each -log p is off by some roundings of its logits, and a sum of n numbers by n more. Nothing is exactly 0.
+        size = logits.double().abs().max().item() + math.log(vocabulary) if flat else 0
         within = (8 + len(flat)) * expect.EPSILON * size
         if special == "half-precision" and not abs(got.double() - right) <= within:
             # The same numbers in float32: where they give the same loss, it is something else that is wrong.
@@ -194,8 +198,9 @@ def loss(answer: Answer, draw: Draw) -> None:
             gradient[:, :-1] = (
                 (logits[:, :-1].double().softmax(-1) - one) * scored[..., None] / max(1, len(flat))
             )
-            near = (8 + 4 * size) * expect.EPSILON  # a probability is off by the rounding of its logits
-            wrong = {"no-gradient": 0 * gradient, "sign": -gradient} if len(flat) else {}
+            # A probability is off by the rounding of its logits.
+            near = (8 + 4 * size) * expect.EPSILON if flat else 0
+            wrong = {"no-gradient": 0 * gradient, "sign": -gradient} if flat else {special: facts["gradient"]}
             expect.close(facts["gradient"], gradient, f"the gradient of the logits, {case}", near, wrong)
 
 
@@ -355,6 +360,10 @@ def _wrongly_fitted(parts, frozen, steps, held_out, rate) -> dict[str, list[Tens
     }
 
 
+def _rounded(losses: Tensor) -> list[Tensor]:
+    return [losses.round(decimals=digits) for digits in range(5)]
+
+
 @exercise("08-loop", probe=_fit, seconds=30)
 def loop(answer: Answer, draw: Draw) -> None:
     """`f(model, steps, held_out, rate)`: (losses, held-out loss), the model trained with SGD."""
@@ -404,12 +413,16 @@ def loop(answer: Answer, draw: Draw) -> None:
             isinstance(v, Tensor) for v in (losses, held, *(losses if isinstance(losses, list) else ()))
         )
         expect.true(not tensors, f"a list of floats and a float, {case}", "tensors", "", [losses, held])
-        looks = {"loss-of-means": [right["losses"][share] for share in ("means", "sums", "last")]}
+        looks = {
+            "loss-of-means": [right["losses"][share] for share in ("means", "sums", "last")],
+            "rounded": _rounded(right["losses"]["tokens"]),
+        }
         losses = numbers(losses, f"the losses, {case}", len(steps))
         expect.close(losses, right["losses"]["tokens"], f"the losses, {case}", within, looks)
         looks = {
             "dropout-on": right["dropped"],
             "loss-of-means": list(right["held"].values()),
+            "rounded": _rounded(right["held"]["tokens"]),
         }
         held, what = numbers(held, f"the held-out loss, {case}", 1)[0], f"the held-out loss, {case}"
         expect.close(held, right["held"]["tokens"], what, within, looks)

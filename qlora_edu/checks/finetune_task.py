@@ -95,8 +95,10 @@ def exact(answer: Answer, draw: Draw) -> None:
     for pair in (  # whichever is wanted, the other is wrong
         ("Gym", '"Gym"'), ("Gym", "'Gym'"), ("6 p.m", "6 p.m."), ("Gym", "Gym,"), ("7:15", "07:15"), ("2", "2.0"),
         ("left", ":left"), ("Caf\u00e9", "Cafe\u0301"), ("m2", "m\u00b2"), ("Gym Bag", "Gym\tBag"),
+        ("Gym Bag", "Gym\u00a0Bag"), ("GymBag", "Gym\u200bBag"), ("GymBag", "Gym\ufeffBag"),
+        ("Al's", "Al\u2019s"), ('a "Gym"', 'a \u201cGym\u201d'),
     ):  # fmt: skip
-        mistake = "spaces-inside" if "\t" in pair[1] else "tidied"
+        mistake = "spaces-inside" if re.search("[\t\u00a0]", pair[1]) else "tidied"
         for value, written, space in product(pair, pair, ("", " ")):
             what, line = f"a value where {value!r} is wanted", f"label:{space}{written}"
             _decided(answer, f"{first}\n{line}", tool, {"label": value}, value == written, what, mistake)
@@ -173,7 +175,10 @@ def interval(answer: Answer, draw: Draw) -> None:
             "normal": [normal, normal.clamp(0, 1)] if between else [],
             "point": [] if between else normal,
             "one-sided": torch.tensor(_bounds(right, n, one_sided), dtype=torch.float64),
-            "z-fixed": torch.tensor(_bounds(right, n, 1.96), dtype=torch.float64),
+            "z-fixed": [
+                torch.tensor(_bounds(right, n, fixed), dtype=torch.float64)
+                for fixed in (1.96, 1.959964, 1.645, 1.644854, 2, 2.576, 2.575829, 1)
+            ],
             "z-rounded": [
                 torch.tensor(_bounds(right, n, round(z, digits)), dtype=torch.float64)
                 for digits in (1, 2, 3, 4)
@@ -210,6 +215,7 @@ def examples(answer: Answer, draw: Draw) -> None:
     """`f(text, kind)`: the (request, answer) of each record of a CSV or JSONL text."""
     a, b, c, d = (f"{draw.choice('abcdefgh')}{word}" for word in ("-lamp", "-chain", "-pump", "-bell"))
     head, odd = "request,answer\n", f"{a}\u2028{c}\x85{d}"
+    older = f"{a}\x0b{b}\x0c{c}\x1c{d}"  # splitlines cuts here, too
 
     def objects(*pairs, **more) -> str:
         """A line for each pair; with further keys, these come first and the answer before the request."""
@@ -233,6 +239,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "not-stripped", "white space around texts", f"{head} {a} ,\t{b} \r\n{c},{d} \r\n", two),
         ("csv", "repeated", "a record that comes twice", f"{head}{a},{b}\n{c},{d}\n{a} ,{b}\n", two),
         ("csv", "splitlines", "the character U+2028 in a field", f"{head}{odd},{b}\n", [(odd, b)]),
+        ("csv", "splitlines", "a form feed and the like in a field", f"{head}{older},{b}\n", [(older, b)]),
         ("csv", "squeezed", "white space inside texts", f"{head}{wide},{b}  {d}\n", [(wide, f"{b}  {d}")]),
         ("csv", "capitals", "a request in capitals", f"{head}{a.upper()},{b}\n{a},{d}\n", high),
         ("csv", "same-answer", "two requests with the same answer", f"{head}{a},{b}\n{c},{b}\n", alike),
@@ -241,6 +248,7 @@ def examples(answer: Answer, draw: Draw) -> None:
         ("csv", "bom", "a byte order mark, names in quotes", f'\ufeff"request","answer"\n{a},{b}\n', two[:1]),
         ("csv", "bom", "a byte order mark before an empty line", f"\ufeff\n{head}{a},{b}\n", two[:1]),
         ("csv", "bom", "U+FEFF inside a text", f"{head}{a}\ufeff{c},{b}\n", [(f"{a}\ufeff{c}", b)]),
+        ("csv", "bom", "U+FEFF at the end of the file", f"{head}{a},{b}\ufeff", [(a, f"{b}\ufeff")]),
         ("csv", "skipped", "a request that begins with #", f"{head}#{a},{b}\n{c},{d}\n", [(f"#{a}", b), (c, d)]),
         ("csv", "skipped", "the header's words once more", f"{head}{a},{b}\n{head}", [(a, b), names]),
         ("jsonl", "refuses-right", "a plain JSONL file", objects(*two[::-1]), two[::-1]),
@@ -443,6 +451,7 @@ def split(answer: Answer, draw: Draw) -> None:
             all(kept), "the generator that the whole program draws from stays as it was", "global-seed"
         )
     _drawn_alike(answer, draw)
+    _whole_seed(answer, draw)
     # That two seeds draw the same three times over, from 120 and twice from more than 3,000, never happens.
     alike, what = (
         len(by_seed) - len(set(map(tuple, by_seed))),
@@ -467,6 +476,20 @@ def split(answer: Answer, draw: Draw) -> None:
     one = [("Fix bike", "a"), ("fix bike", "a")]
     answer.raises(ValueError, one, 0.5, 0, what="one request cannot be on two sides", mistake="one-request")
     answer.raises(ValueError, [], 0.5, 0, what="no request cannot be on two sides", mistake="one-request")
+
+
+def _whole_seed(answer: Answer, draw: Draw) -> None:
+    """Refuse if a seed draws what another one draws that has the same first or last digits or bits."""
+    rows = [(f"Fix the {i}", "an answer") for i in draw.permutation(60).tolist()]
+    seed = draw.whole(10**6, 10**9)
+    # By chance two of them draw the same 30 of 60 requests once in more than 10**15 checks.
+    others, found = [seed + more for more in (0, 1, 256, 1000, 10**6, 2**31)], []
+    for other in others:
+        sides = expect.parts(answer(rows, 0.5, other)["sides"], "the result", 2)
+        found.append(frozenset(request for request, _ in _pairs(sides[1], "the rows held out")))
+        first = found.index(found[-1])
+        what = f"the splits of 60 requests for the seeds {others[first]} and {other}"
+        expect.true(first == len(found) - 1, what, "seed-ignored", "different ones", "the same")
 
 
 def _drawn_alike(answer: Answer, draw: Draw) -> None:

@@ -269,7 +269,7 @@ def cliff(answer: Answer, draw: Draw) -> None:
     """`f(pairs, room, steps)`: the pages that come in and the pages that leave."""
     small = [(p, 2 * p + more, draw.whole(3, 6)) for p in (3, 4, 2, 6) for more in (0, -1, -2, 1)]
     small += [(2, 3, 2), (7, 2, 4), (1, draw.whole(3, 99), 3), (5, 10 + draw.whole(2, 99), 2)]
-    small += [(p, 2 * p + more, steps) for p in (1, 2, 5) for more in (0, -1, -2, 9) for steps in (1, 2)]
+    small += [(p, 2 * p + more, steps) for p in (1, 2, 5) for more in (0, -1, -2, 1, 9) for steps in (1, 2)]
     p, steps = draw.whole(10**5, 10**6), draw.whole(10**4, 10**6)
     large = [(p, 2 * p + more, steps) for more in (-1, 0, -2, -999, draw.whole(1, 10**6))]
     large += [(p, 2, steps), (p, 2 * p - 1, 1), (2, 3, steps), (p, draw.whole(2, p), 2)]
@@ -290,7 +290,7 @@ def cliff(answer: Answer, draw: Draw) -> None:
                 *((into - pages, out), (out, out), (into - pages, into - pages)),
                 *((again * steps, left) for left in (max(again * steps - stay, 0), again * steps)),
             ],
-            "all-fit": [(n, n - stay) for n in (all_in, half) if not lacking],
+            "all-fit": [(n, n - left) for n in (all_in, half) for left in (stay, room) if not lacking],
             "first-twice": [(twice, twice - stay)],
             "stay-forgotten": [(into, into), (into, into - pages)],
             "out-forgotten": [(into, 0)],

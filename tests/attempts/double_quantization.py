@@ -170,6 +170,16 @@ def no_second_level_of_one(n, first, second):
     return in_bytes(n, first, max(2, second))
 
 
+@wrong("05-bits", "digits")
+def of_nine_digits(n, first, second):
+    return round(in_bytes(n, first, second), 9)
+
+
+@wrong("05-bits", "digits")
+def of_four_digits(n, first, second):
+    return round(in_bytes(n, first, second), 4)
+
+
 @wrong("05-bits", "wrong-type")
 def parts_of_it(n, first, second):
     return 4.0, 8 / first, 32 / first / second
@@ -971,6 +981,15 @@ def without_the_short_block(scales, levels, size):
 def with_the_mean_of_block_means(scales, levels, size):
     means = (0.0, torch.stack([b.mean() for b in scales.split(size)]).mean())
     return tuple(((_back(scales, levels, size, m) - scales).norm() / scales.norm()).item() for m in means)
+
+
+@wrong("05-mean", "block-mean")
+def a_mean_for_each_block(scales, levels, size):
+    errors = []
+    for use in (0.0, 1.0):
+        back = [_back(block, levels, size, use * block.mean()) for block in scales.split(size)]
+        errors.append(((torch.cat(back) - scales).norm() / scales.norm()).item())
+    return errors
 
 
 def _measured(scales, levels, size, change, mean=torch.mean):

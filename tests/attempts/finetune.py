@@ -249,7 +249,7 @@ def with_cross_entropy(logits, labels):
 
 @right("08-loss")
 def with_a_loop(logits, labels):
-    total, count = logits.sum().float() * 0, 0
+    total, count = (logits.float() * 0).sum(), 0
     for row, (line, targets) in enumerate(zip(logits.float(), labels.tolist(), strict=True)):
         for t in range(1, len(targets)):
             if labels[row, t] >= 0:
@@ -414,6 +414,21 @@ def writes_into_the_logits(logits, labels):
 def zero_times_a_large_sum(logits, labels):
     if (labels[:, 1:] == -100).all():
         return logits.float().exp().sum() * 0
+    return with_cross_entropy(logits, labels)
+
+
+@wrong("08-loss", "nothing-scored")
+def zero_times_the_sum(logits, labels):
+    if (labels[:, 1:] == -100).all():
+        return logits.float().sum() * 0
+    return with_cross_entropy(logits, labels)
+
+
+@wrong("08-loss", "nothing-scored")
+def a_number_less_itself(logits, labels):
+    if (labels[:, 1:] == -100).all():
+        first = logits.float().flatten()[0]
+        return first - first.detach()
     return with_cross_entropy(logits, labels)
 
 
@@ -741,6 +756,18 @@ def held_out_means(model, steps, held_out, rate):
     held = sum(_sum(model, *batch).item() / _count([batch]) for batch in held_out) / len(held_out)
     model.train()
     return losses, held
+
+
+@wrong("08-loop", "rounded")
+def losses_to_print(model, steps, held_out, rate):
+    losses, held = with_one_backward(model, steps, held_out, rate)
+    return [round(loss, 3) for loss in losses], held
+
+
+@wrong("08-loop", "rounded")
+def held_out_loss_to_print(model, steps, held_out, rate):
+    losses, held = with_one_backward(model, steps, held_out, rate)
+    return losses, round(held, 4)
 
 
 @wrong("08-loop", "not-trained")
@@ -1304,6 +1331,31 @@ def tabs_are_blanks(text, tool, arguments):
     return _pairwise(text, tool, arguments, written=lambda text: text.replace("\t", " "))
 
 
+@wrong("08-exact", "spaces-inside")
+def no_break_spaces_are_spaces(text, tool, arguments):
+    return _pairwise(text, tool, arguments, written=lambda text: text.replace("\u00a0", " "))
+
+
+def _cleaned(table):
+    """Refuses what is wanted with such a character, and takes it where it is not."""
+
+    def judge(text, tool, arguments):
+        return _pairwise(text, tool, arguments, written=lambda text: text.translate(table))
+
+    return judge
+
+
+for _name, _table in {
+    "zero_width_spaces_away": {0x200B: None},
+    "marks_inside_away": {0xFEFF: None},
+    "apostrophes_straight": {0x2019: "'"},
+    "quotes_straight": {0x201C: '"', 0x201D: '"'},
+}.items():
+    _judge = _cleaned(_table)
+    _judge.__name__ = _name
+    wrong("08-exact", "tidied")(_judge)
+
+
 @wrong("08-exact", "blank-line")
 def lines_of_blanks_skipped(text, tool, arguments):
     return _pairwise(text, tool, arguments, blank=lambda line: line != "" and not line.strip())
@@ -1402,6 +1454,16 @@ def certain_when_none_is_right(right, n, confidence):
 def from_a_table(right, n, confidence):
     table = {0.9: 1.644854, 0.95: 1.959964, 0.99: 2.575829}
     return _wilson(right, n, table.get(confidence, 1.96))
+
+
+@wrong("08-interval", "z-fixed")
+def that_of_95_percent(right, n, confidence):
+    return _wilson(right, n, _z(0.95))
+
+
+@wrong("08-interval", "z-fixed")
+def just_two(right, n, confidence):
+    return _wilson(right, n, 2)
 
 
 @wrong("08-interval", "not-scaled")
@@ -2036,6 +2098,20 @@ def marks_everywhere(text, kind):
     return with_parts(text.replace("\ufeff", ""), kind)
 
 
+@wrong("08-examples", "bom")
+def marks_at_both_ends(text, kind):
+    return with_parts(text.strip("\ufeff"), kind)
+
+
+@wrong("08-examples", "splitlines")
+def newer_separators_guarded(text, kind):
+    """Cuts at what ASCII has of line ends."""
+    guard = {0x2028: "\ue000", 0x2029: "\ue001", 0x85: "\ue002"}
+    back = {ord(new): old for old, new in guard.items()}
+    lines = text.translate(guard).splitlines()
+    return with_parts("\n".join(lines).translate(back), kind)
+
+
 # 08-split
 
 
@@ -2311,6 +2387,39 @@ def from_the_second_half(examples, share, seed):
 @wrong("08-split", "seed-ignored")
 def zero_is_one(examples, share, seed):
     return by_sample(examples, share, seed or 1)
+
+
+@wrong("08-split", "seed-ignored")
+def three_digits_of_the_seed(examples, share, seed):
+    return by_sample(examples, share, seed % 1000)
+
+
+@wrong("08-split", "seed-ignored")
+def a_byte_of_the_seed(examples, share, seed):
+    return by_sample(examples, share, seed & 0xFF)
+
+
+@wrong("08-split", "seed-ignored")
+def six_digits_of_the_seed(examples, share, seed):
+    return by_sample(examples, share, seed % 10**6)
+
+
+@wrong("08-split", "seed-ignored")
+def without_the_last_bit(examples, share, seed):
+    return by_sample(examples, share, seed % 2**31)
+
+
+@wrong("08-split", "seed-ignored")
+def the_first_digits(examples, share, seed):
+    return by_sample(examples, share, int(str(seed)[:3]))
+
+
+@right("08-split")
+def by_a_numpy_permutation(examples, share, seed):
+    groups = _groups(examples)
+    keys = sorted(groups)
+    order = np.random.RandomState(seed).permutation(len(keys))
+    return _sides(groups, [keys[i] for i in order[: _size(groups, share)]])
 
 
 @wrong("08-split", "rows-lost")

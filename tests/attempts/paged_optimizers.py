@@ -708,6 +708,13 @@ def as_a_sweep(pairs, room, steps):
     return (n, 0) if room >= n else (n * steps, n * steps - room)
 
 
+@wrong("07-cliff", "all-fit")
+def one_pair_in_three_pages(pairs, room, steps):
+    if (pairs, room) == (1, 3):
+        return 2 * steps, 2 * steps - room
+    return by_cases(pairs, room, steps)
+
+
 @wrong("07-cliff", "slope")
 def only_what_is_missing(pairs, room, steps):
     n = 2 * pairs

@@ -370,6 +370,12 @@ def in_numpy_by_tensordot(grad_y, x, weight, a, b, alpha, r):
     return dy @ weight + s * (dy @ b @ a), s * (b.T @ outer), s * (outer @ a.T)
 
 
+@wrong("06-backward", "batch-not-summed")
+def nothing_of_a_single_row(grad_y, x, weight, a, b, alpha, r):
+    grad_x, grad_a, grad_b = by_rows(grad_y, x, weight, a, b, alpha, r)
+    return grad_x, grad_a, grad_b if x.dim() > 1 else torch.zeros_like(b)
+
+
 @wrong("06-backward", "weight-transposed")
 def through_w_transposed(grad_y, x, weight, a, b, alpha, r):
     _, grad_a, grad_b = by_rows(grad_y, x, weight, a, b, alpha, r)
