@@ -233,17 +233,12 @@ def pack(answer: Answer, draw: Draw) -> None:
     """`f(codes, filler)`: two codes to a byte, the first in the high nibble, uint8 (ceil(n / 2),)."""
     odds = [(7, draw.whole(1, 14)), (1, 15), (3, 0), (2 * draw.whole(40, 150) + 1, draw.whole(0, 15))]
     calls = Calls()
-    for n, filler in [
-        (6, 9),
-        (6, 9),
-        *odds,
-        (2, 15),
-        (2 * draw.whole(2, 30), 0),
-        (2 * draw.whole(40, 150), 3),
-    ]:
+    evens = [(2, 15), (2 * draw.whole(2, 30), 0), (2 * draw.whole(40, 150), 3)]
+    ends = {(8, 9): 0, (4, 7): 15}  # of an even number of codes, which may be any
+    for n, filler in [(6, 9), (6, 9), *odds, *evens, *ends]:
         codes, odd = draw.integers(n, low=0, high=15), n % 2
         codes[0] = draw.whole(8, 15)  # the highest bit of the byte
-        codes[-1] = draw.choice({*range(8, 16)} - {filler})
+        codes[-1] = ends.get((n, filler), draw.choice({*range(8, 16)} - {filler}))
         full, right = torch.cat([codes, codes.new_full((odd,), filler)]), _packed(codes, filler)
         first, second = full[::2], full[1::2]
         wrong = {
@@ -257,7 +252,9 @@ def pack(answer: Answer, draw: Draw) -> None:
             wrong["odd-dropped"] = right[:-1]
             wrong["filler-first"] = [_packed(torch.cat([full[n:], codes]), 0), last[0]]
             wrong["filler-ignored"] = [*(_packed(codes, other) for other in range(16)), last[1]]
-        what = f"the bytes, for n = {n}" + f", filler = {filler}" * odd
+        else:
+            wrong["filled-though-even"] = torch.cat([right[:-1], 16 * first[-1:] + filler])
+        what = f"the bytes, for n = {n}" + f", filler = {filler}" * (odd or (n, filler) in ends)
         got = _tensor(answer(codes.to(torch.uint8), filler), what)
         _same_bytes(calls.add(got, what.removeprefix("the bytes, "), right), right, what, wrong)
 

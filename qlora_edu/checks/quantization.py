@@ -336,6 +336,8 @@ def minmax(answer: Answer, draw: Draw) -> None:
         (thousand, 8),
         (1e15 * draw.normal(3, 9), 5),
         (pruned, 4),
+        (spread(0, 15, 4, 6), 4),  # as after a ReLU
+        (spread(-15, 0, 21), 4),
         (1e-15 * draw.normal(20), 4),
     ]
     cases += [(draw.uniform(2, low=0, high=1) + 5, 2), (draw.normal(50, 30) + 30, 6)] * draw.hidden

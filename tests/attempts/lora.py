@@ -685,6 +685,38 @@ class Stale(_Layer):
         return self.base(x) + (self.update(x) if self.merged is None else x @ self.merged)
 
 
+def _kept_without_gradients(key):
+    class Kept(_Layer):
+        kept = None
+
+        def forward(self, x):
+            if self.training or not self.enabled or torch.is_grad_enabled():
+                return super().forward(x)
+            if self.kept is None or self.kept[0] != key(self):
+                self.kept = key(self), (self.alpha / self.r * self.lora_b @ self.lora_a).T
+            return self.base(x) + x @ self.kept[1]
+
+    return Kept
+
+
+wrong("02-layer", "stale")(_kept_without_gradients(lambda layer: 0))
+wrong("02-layer", "stale")(_kept_without_gradients(lambda layer: layer.lora_a._version))
+wrong("02-layer", "stale")(_kept_without_gradients(lambda layer: layer.lora_b._version))
+
+
+@wrong("02-layer", "stale")
+class OldBUntilAChanges(_Layer):
+    version = old = None
+
+    def forward(self, x):
+        if self.training or not self.enabled:
+            return super().forward(x)
+        if self.version != self.lora_a._version:
+            self.version, self.old = self.lora_a._version, self.lora_b.detach().clone()
+        b = self.lora_b + (self.old - self.lora_b.detach())
+        return self.base(x) + self.alpha / self.r * (x @ self.lora_a.T @ b.T)
+
+
 @wrong("02-layer", "gradient-cut")
 class GradientAsXHasIt(_Layer):
     def forward(self, x):
@@ -934,6 +966,14 @@ def by_gain_alone_stopping(deltas, budget):
             break
         ranks[i] += 1
         budget -= sum(deltas[i].shape)
+    return ranks
+
+
+@wrong("02-share", "impossible-rank")
+def the_rest_to_the_last(deltas, budget):
+    ranks = by_dynamic_programming(deltas, budget)
+    left = budget - sum(r * sum(d.shape) for r, d in zip(ranks, deltas, strict=True))
+    ranks[-1] += left // sum(deltas[-1].shape)
     return ranks
 
 

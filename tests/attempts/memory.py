@@ -869,6 +869,12 @@ def gb_against_gib(card, reserve, *bits):
     return 0 if reserve > card else by_halving(card, reserve, *bits)
 
 
+@wrong("01-fits", "frozen-trained")
+def a_small_share_is_none(card, reserve, base_bits, share, trained_bits, state_bits):
+    share = 0 if share < 1e-5 else share
+    return by_halving(card, reserve, base_bits, share, trained_bits, state_bits)
+
+
 @wrong("01-fits", "one-less")
 def one_is_kept_free(*arguments):
     return max(0, by_halving(*arguments) - 1)

@@ -487,6 +487,22 @@ def _filled(codes, filler):
     return torch.cat([codes, codes.new_full((len(codes) % 2,), filler)])
 
 
+@wrong("04-pack", "filled-though-even")
+def an_empty_nibble_is_filled(codes, filler):
+    out = _filled(codes, 0)
+    out = out[::2] * 16 + out[1::2]
+    if int(out[-1]) & 15 == 0:
+        out[-1] += filler
+    return out
+
+
+@wrong("04-pack", "filled-though-even")
+def a_full_nibble_is_filled(codes, filler):
+    out = _filled(codes, filler)
+    last = out[-1] if out[-1] < 15 else filler
+    return out[::2] * 16 + torch.cat([out[1::2][:-1], out.new_full((1,), int(last))])
+
+
 @wrong("04-pack", "nibbles-swapped")
 def low_first(codes, filler):
     codes = _filled(codes, filler)
