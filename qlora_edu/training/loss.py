@@ -88,7 +88,7 @@ def _some_rows(hidden: Tensor, weight: Tensor, targets: Tensor, count: int, grad
         for some, target in zip(logits.split(IN_CACHE), targets.split(IN_CACHE), strict=True)
     )
     if grad is not None:
-        torch.matmul(logits, weight, out=grad)
+        grad.copy_(logits @ weight)
     return total
 
 
