@@ -1,11 +1,12 @@
-"""Quantizing and decoding on a CPU, against bitsandbytes: throughput at three shapes.
+"""Quantizing, decoding and multiplying on a CPU, against bitsandbytes: throughput at three shapes.
 
     python benchmarks/kernels.py [--rounds 9] [--threads 1] [--json]
 
 bfloat16 weights, NF4, blocks of 64. Both sides take turns in one process; a ratio is taken within each round,
 and the median of the rounds is printed with the quartiles. "Reused" is the course's way, into a buffer that
-exists; bitsandbytes' CPU operators have none and always make theirs. QLORA_EDU_KERNELS=numba measures the
-compiled kernels.
+exists; bitsandbytes' CPU operators have none and always make theirs. "Layer" is a whole frozen 4-bit layer with double
+quantization on some bfloat16 tokens, forward alone and with the gradient of its input. QLORA_EDU_KERNELS=numba
+measures the compiled kernels.
 """
 
 import argparse
@@ -14,18 +15,27 @@ import os
 import statistics
 import sys
 import time
+from itertools import chain
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch
 
-from qlora_edu import blockwise, models, reference
+from qlora_edu import blockwise, models, qlora, reference
 from qlora_edu.kernels import choice
 from qlora_edu.parity import differing, stored_weights
 
 SHAPES = [(576, 1536), (4096, 4096), (6656, 17920)]
-PROMISED = {"quantize": 5.0, "decode to float32": 1.5, "decode to bfloat16, reused": 1.0}
+TOKENS = 64
+FORWARD, BACKWARD = f"layer, forward, {TOKENS} tokens", "layer, forward and backward"
+PROMISED = {
+    "quantize": 5.0,
+    "decode to float32": 1.5,
+    "decode to bfloat16, reused": 1.0,
+    FORWARD: 1.0,
+    BACKWARD: 1.0,
+}
 SECONDS = 0.25  # of each measurement, at least one call
 
 
@@ -60,6 +70,25 @@ def lines(shape: tuple[int, int]):
         yield f"{what}, reused", lambda out=out: ours.dequantize(out=out), theirs
 
 
+def layers(shape: tuple[int, int]):
+    """As `lines`, for whole layers."""
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear.weight.copy_(stored_weights(shape[0] * shape[1]).view(shape))
+    ours, theirs = qlora.NF4Linear.of(linear), reference.linear4bit(linear, torch.bfloat16).train()
+    x = stored_weights(TOKENS * shape[1]).view(TOKENS, -1).bfloat16().requires_grad_()
+    slope = stored_weights(TOKENS * shape[0]).view(TOKENS, -1).bfloat16()
+    y, z = ours(x), theirs(x)
+    assert torch.equal(y, z)
+    assert torch.equal(*(torch.autograd.grad(out, x, slope)[0] for out in (y, z)))
+    yield FORWARD, lambda: ours(x), lambda: theirs(x)
+
+    def both(layer):
+        return lambda: torch.autograd.grad(layer(x), x, slope)
+
+    yield BACKWARD, both(ours), both(theirs)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
@@ -83,7 +112,7 @@ def main() -> int:
     for shape in SHAPES:
         count = shape[0] * shape[1]
         print(f"{shape[0]:,} × {shape[1]:,}, million weights a second, medians of {options.rounds} rounds")
-        for what, ours, theirs in lines(shape):
+        for what, ours, theirs in chain(lines(shape), layers(shape)):
             rates = [(throughput(ours, count), throughput(theirs, count)) for _ in range(options.rounds + 1)]
             rates = rates[1:]
             low, ratio, high = statistics.quantiles([a / b for a, b in rates], n=4)
