@@ -530,10 +530,11 @@ def place(answer: Answer, draw: Draw) -> Score:
             shares.append(100 * (known - _loss(got, weights, size)) / (known - best))
         share = sum(shares) / 3
         if not share >= 90:
-            name = _settled(got, weights, size) or (
+            draws = found[3 * i : 3 * i + 3]
+            name = next(filter(None, (_settled(*one) for one in draws)), None) or (
                 "no-better" if share < 10
                 else "ready-made" if torch.equal(found[0][0], found[3][0])
-                else "ends-kept" if {-1.0, 1.0} <= set(got.tolist())
+                else "ends-kept" if all({-1.0, 1.0} <= set(got.tolist()) for got, *_ in draws)
                 else "not-settled"
             )  # fmt: skip
             way = "the way from NF4's error to that of a good method, on average over three draws"
