@@ -514,7 +514,7 @@ def cuts(answer: Answer, draw: Draw) -> Score:
     by_hand = [3, 3, 3, 3], [2, 6, 4, 3]
     first_alone = (
         [draw.whole(40, 60), draw.whole(20, 30)],
-        [draw.whole(3, 9), draw.whole(30, 60)],
+        [draw.whole(3, 5), draw.whole(30, 60)],
     )  # no cut is best
     for inputs, kept in (
         _chain(draw),
