@@ -153,8 +153,8 @@ def dtype() -> Verdict:
 
 
 def kernels() -> Verdict:
-    device = "cuda" if needed("torch").cuda.is_available() else "cpu"
-    choice, torch = needed("qlora_edu.kernels.choice"), needed("torch")
+    torch, choice = needed("torch"), needed("qlora_edu.kernels.choice")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen, reason = choice.chosen(torch.device(device))
     except (ValueError, RuntimeError) as error:

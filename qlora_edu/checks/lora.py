@@ -281,7 +281,7 @@ def _use_layer(student, x, other_x, weight, bias, pairs, grad_y, r, alpha) -> di
     facts["half"] = _with_and_without_gradients(layer, other_x)
     _put(layer, b=pairs[1][1])
     facts["next_eval"] = _with_and_without_gradients(layer, other_x)
-    facts["next"] = layer.train()(other_x)
+    facts["next"] = [layer.train()(other_x)]
     facts["base_changed"] = not torch.equal(base.weight, weight)
     facts["base_changed"] |= bias is not None and not torch.equal(base.bias, bias)
     return facts
@@ -378,8 +378,7 @@ def layer(answer: Answer, draw: Draw) -> None:
             base, update, error = _output(other_x, weight, bias, *new, s)
             old = _mixed([a, b], new)
             stale = {"stale": [base + s * _output(other_x, weight, bias, *one, s)[1] for one in old]}
-            outputs = facts[name] if name != "next" else [facts[name]]
-            for got, under in zip(outputs, ("", ", under torch.no_grad()"), strict=False):
+            for got, under in zip(facts[name], ("", ", under torch.no_grad()"), strict=False):
                 what = f"the output in {mode} mode{under}, after {changed} changed, {case}"
                 expect.close(got, base + s * update, what, error, stale)
 

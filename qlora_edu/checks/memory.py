@@ -543,10 +543,10 @@ def cuts(answer: Answer, draw: Draw) -> Score:
         equal = [list(range(0, blocks, length)), [i * blocks // count for i in range(count)]]
         equal += [[i * (blocks // count) + min(i, blocks % count) for i in range(count)]]
         looks_like = "equal-segments" if plan in equal else "one-moment"
-        extremes = {1: "keep-all"} if blocks == 3 else {1: "keep-all", blocks: "every-block"}
-        mistake = extremes.get(
-            count, looks_like
-        )  # of three blocks, each alone may be the best of equal segments
+        extremes = {1: "keep-all", blocks: "every-block"}
+        if blocks == 3:  # each alone may be the best of equal segments
+            del extremes[3]
+        mistake = extremes.get(count, looks_like)
         what = f"MB at the fullest moment, for {blocks} block{'s'[: blocks > 1]}"
         expect.true(10 * peak <= 11 * least, what, mistake, f"at most {1.1 * least:.1f}", peak)
     equal = (list(range(0, blocks, length)) for length in range(1, blocks + 1))

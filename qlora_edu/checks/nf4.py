@@ -183,9 +183,7 @@ def nearest(answer: Answer, draw: Draw) -> None:
             "tie-upper": upper,
         }
         if x.numel() == 1 and not torch.equal(right, upper):
-            del wrong[
-                "level-above"
-            ]  # which would have been seen at many numbers; at one it looks like the other
+            del wrong["level-above"]  # would have been seen before; at one number it looks like the other
         if x.numel():
             wrong["wrong-dimension"] = (x.reshape(-1, 1).double() - levels.double()).abs().argmin(0)
         wrong["shape-lost"] = right.flatten() if x.ndim > 1 else []
@@ -234,11 +232,11 @@ def pack(answer: Answer, draw: Draw) -> None:
     odds = [(7, draw.whole(1, 14)), (1, 15), (3, 0), (2 * draw.whole(40, 150) + 1, draw.whole(0, 15))]
     calls = Calls()
     evens = [(2, 15), (2 * draw.whole(2, 30), 0), (2 * draw.whole(40, 150), 3)]
-    ends = {(8, 9): 0, (4, 7): 15}  # of an even number of codes, which may be any
-    for n, filler in [(6, 9), (6, 9), *odds, *evens, *ends]:
+    cases = [(n, filler, None) for n, filler in ((6, 9), (6, 9), *odds, *evens)]
+    for n, filler, final in [*cases, (8, 9, 0), (4, 7, 15)]:  # the last of an even number may be any
         codes, odd = draw.integers(n, low=0, high=15), n % 2
         codes[0] = draw.whole(8, 15)  # the highest bit of the byte
-        codes[-1] = ends.get((n, filler), draw.choice({*range(8, 16)} - {filler}))
+        codes[-1] = draw.choice({*range(8, 16)} - {filler}) if final is None else final
         full, right = torch.cat([codes, codes.new_full((odd,), filler)]), _packed(codes, filler)
         first, second = full[::2], full[1::2]
         wrong = {
@@ -254,7 +252,7 @@ def pack(answer: Answer, draw: Draw) -> None:
             wrong["filler-ignored"] = [*(_packed(codes, other) for other in range(16)), last[1]]
         else:
             wrong["filled-though-even"] = torch.cat([right[:-1], 16 * first[-1:] + filler])
-        what = f"the bytes, for n = {n}" + f", filler = {filler}" * (odd or (n, filler) in ends)
+        what = f"the bytes, for n = {n}" + f", filler = {filler}" * (odd or final is not None)
         got = _tensor(answer(codes.to(torch.uint8), filler), what)
         _same_bytes(calls.add(got, what.removeprefix("the bytes, "), right), right, what, wrong)
 

@@ -84,7 +84,7 @@ def _some_rows(hidden: Tensor, weight: Tensor, targets: Tensor, count: int, grad
     """The sum of -log p[target] over these rows; their gradient is written to `grad`, if it is wanted."""
     logits = hidden @ weight.T  # (rows, vocabulary)
     total = sum(
-        _loss_and_slope(some, target, count)
+        _loss_and_slope(some, target, count, wanted=grad is not None)
         for some, target in zip(logits.split(IN_CACHE), targets.split(IN_CACHE), strict=True)
     )
     if grad is not None:
@@ -92,13 +92,17 @@ def _some_rows(hidden: Tensor, weight: Tensor, targets: Tensor, count: int, grad
     return total
 
 
-def _loss_and_slope(logits: Tensor, target: Tensor, count: int) -> Tensor:
-    """The sum of -log p[target] over rows of logits, which become (p - onehot(target)) / count. target (rows, 1)."""
+def _loss_and_slope(logits: Tensor, target: Tensor, count: int, wanted: bool) -> Tensor:
+    """The sum of -log p[target] over rows of logits, which become (p - onehot(target)) / count, if that is wanted.
+
+    target (rows, 1). What the logits hold where it is not wanted is undefined.
+    """
     p = logits.float()
     right = p.gather(1, target)
     largest = p.amax(dim=1, keepdim=True)
     p = p.sub_(largest).exp_()  # once: the same exponentials serve the loss and the slope
     normaliser = p.sum(dim=1, keepdim=True)
-    p.div_(normaliser * count).scatter_add_(1, target, torch.full_like(right, -1 / count))
-    logits.copy_(p)
+    if wanted:
+        p.div_(normaliser * count).scatter_add_(1, target, torch.full_like(right, -1 / count))
+        logits.copy_(p)
     return (normaliser.log() + largest - right).sum()
