@@ -50,7 +50,7 @@ help:
 	@echo 'make tidy       rewrite notebooks as the project writes them, after an edit of the text alone'
 	@echo 'make release    make exercises/ from solutions/: what students receive'
 	@echo 'make grade      grade a folder of submissions: SUBMISSIONS=folder, OUT=grades'
-	@echo 'make matrix     try every check on its wrong and right answers, and print the table'
+	@echo 'make matrix     try every check on its wrong and right answers: SEEDS=100 for each 100 times'
 	@echo 'make parity     compare the course with bitsandbytes and PEFT, bit for bit'
 	@echo 'make claims     recompute every claim of the ledger and print its verdict'
 	@echo 'make bench      measure kernels and a QLoRA step on this machine against the libraries'
@@ -142,7 +142,7 @@ grade: $(TEST_INSTALLED)
 	@$(PY) -m qlora_edu.grading "$(SUBMISSIONS)" --out "$(OUT)"
 
 matrix: $(TEST_INSTALLED)
-	@$(PY) -m tests.matrix
+	@$(PY) -m tests.matrix $(if $(SEEDS),--seeds $(SEEDS))
 
 lint: $(TEST_INSTALLED)
 	@$(PY) -m ruff check .

@@ -1,15 +1,22 @@
 """The kill matrix: every exercise against its wrong and right answers.
 
-python -m tests.matrix            prints it; exit status 1 for a survivor, a wrong hint or a false alarm
-python -m tests.matrix 02-init    only these exercises, and what the check says to each wrong answer
+python -m tests.matrix               prints it; exit status 1 for a survivor, a wrong hint or a false alarm
+python -m tests.matrix 02-init       only these exercises, and what the check says to each wrong answer
+python -m tests.matrix --seeds 100   each attempt judged so many times, with other inputs each time
+
+Inputs are fresh in every run: with few seeds it may find a coincidence that the last run did not meet. The tests hold
+the matrix at seed 0, so that what they say depends on the code alone.
 """
 
+import argparse
+import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import qlora_edu.checks as check
-from tests.attempts import RIGHT, WRONG
+from tests.attempts import RIGHT, WRONG, forget
 
 
 @dataclass
@@ -21,6 +28,7 @@ class Row:
     meant: str | None
     verdict: check.Verdict
     seconds: float  # of computing
+    seed: int
 
     @property
     def good(self) -> bool:
@@ -29,28 +37,40 @@ class Row:
         return not self.verdict.passed and self.verdict.mistake == self.meant and bool(self.verdict.hint)
 
 
-def rows(exercise: str, seed: int | None = None) -> list[Row]:
-    """Every attempt at an exercise, judged; with fresh inputs unless there is a seed."""
+def rows(exercise: str, seeds: Sequence[int] = (0,)) -> list[Row]:
+    """Every attempt at an exercise, judged once with each seed."""
     judged = check.exercises()[exercise]
-    attempts = [(a.__name__, None, a) for a in RIGHT[exercise]] + [
-        (a.__name__, m, a) for m, a in WRONG[exercise]
-    ]
+    attempts = [(None, answer) for answer in RIGHT[exercise]] + WRONG[exercise]
     found = []
-    for name, meant, answer in attempts:
-        start = time.process_time()
-        verdict = judged.verdict(answer, seed)
-        found.append(Row(exercise, name, meant, verdict, time.process_time() - start))
+    for seed in seeds:
+        for meant, answer in attempts:
+            forget()
+            start = time.process_time()
+            verdict = judged.verdict(answer, seed)
+            seconds = time.process_time() - start
+            found.append(Row(exercise, answer.__name__, meant, verdict, seconds, seed))
     return found
 
 
-def main(only: list[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "exercises", nargs="*", metavar="exercise", help="only these; each wrong answer is shown"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="judge each attempt N times")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.exercises) - set(check.exercises()):
+        parser.error(
+            f"exercise: expected some of {', '.join(check.exercises())}; got {', '.join(sorted(unknown))}"
+        )
+    if options.seeds < 1:
+        parser.error(f"--seeds: expected at least 1; got {options.seeds}")
+    seeds = [random.SystemRandom().getrandbits(48) for _ in range(options.seeds)]
     bad = 0
-    columns = f"{'right':>6}{'accepted':>10}{'wrong':>7}{'rejected':>10}{'with its hint':>15}{'mistakes':>10}"
+    columns = f"{'right':>7}{'accepted':>10}{'wrong':>8}{'rejected':>10}{'with its hint':>15}{'mistakes':>10}"
     print(f"{'exercise':<24}{columns}{'seconds':>9}")  # of computing, for the slowest right answer
-    for exercise in check.exercises():
-        if only and exercise not in only:
-            continue
-        judged = rows(exercise)
+    for exercise in options.exercises or check.exercises():
+        judged = rows(exercise, seeds)
         right = [row for row in judged if row.meant is None]
         wrong = [row for row in judged if row.meant is not None]
         accepted = sum(row.verdict.passed for row in right)
@@ -58,13 +78,15 @@ def main(only: list[str]) -> int:
         hinted = sum(row.good for row in wrong)
         kinds = len({row.meant for row in wrong})
         slowest = max(row.seconds for row in right)
-        counts = f"{len(right):>6}{accepted:>10}{len(wrong):>7}{rejected:>10}{hinted:>15}{kinds:>10}"
+        counts = f"{len(right):>7}{accepted:>10}{len(wrong):>8}{rejected:>10}{hinted:>15}{kinds:>10}"
         print(f"{exercise:<24}{counts}{slowest:>9.2f}", flush=True)
         for row in judged:
-            if not row.good or (only and row.meant is not None):
+            shown = options.exercises and row.meant is not None and row.seed == seeds[0]
+            if not row.good or shown:
                 bad += not row.good
                 said = "accepted" if row.verdict.passed else f"rejected as {row.verdict.mistake}"
-                print(f"    {row.name}: {'right' if row.meant is None else 'meant: ' + row.meant}; {said}")
+                meant = "right" if row.meant is None else f"meant: {row.meant}"
+                print(f"    {row.name}: {meant}; {said}; seed {row.seed}")
                 print("        " + str(row.verdict).replace("\n", "\n        "))
     print(
         "All right answers are accepted, all wrong ones rejected with the hint meant for them."
@@ -75,4 +97,4 @@ def main(only: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

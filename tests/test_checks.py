@@ -326,6 +326,21 @@ def test_same_names_the_first_position():
 def test_the_matrix_is_printed_by_one_command(capsys):
     assert matrix.main(["02-init"]) == 0
     assert "rejected with the hint meant for them" in capsys.readouterr().out
+    assert matrix.main(["02-init", "--seeds", "2"]) == 0
+    answers = len(RIGHT["02-init"]), len(WRONG["02-init"])
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert [int(n) for n in row[1:6]] == [2 * answers[0]] * 2 + [2 * answers[1]] * 3
+
+
+@pytest.mark.parametrize("wrong", [["02-inti"], ["--seeds", "0"], ["--seeds", "many"]])
+def test_the_matrix_refuses_what_it_does_not_know(wrong, capsys):
+    with pytest.raises(SystemExit):
+        matrix.main(wrong)
+    assert wrong[-1] in capsys.readouterr().err
+
+
+def test_what_an_answer_remembers_is_forgotten_before_the_next_is_judged():
+    assert all(row.good for row in matrix.rows("06-backward", [1, 1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs signals")

@@ -89,6 +89,8 @@ def forward(answer: Answer, draw: Draw) -> None:
     """`f(x, stored, a, b, alpha, r, bias)`: y (..., out), float32; W is decoded, and rounded to stored["dtype"]."""
     many, half = [draw.whole(1, 2) for _ in range(draw.whole(4, 6))], (torch.bfloat16, torch.float16)
     odd = [2 * draw.whole(1, 5) + 1 for _ in range(3)]
+    any_two = [[draw.choice(some), *(draw.whole(1, 9) for _ in range(3))] for some in ([7, 9], [2, 10, 12])]
+    # No two have the same sizes and dtype: what is remembered is seen at the end, and called so.
     cases = [
         ((4,), 8, 8, 4, 2, torch.float32, False),
         ((4,), 6, 6, 4, 2, torch.float32, False),  # blocks reach into the next row
@@ -98,13 +100,13 @@ def forward(answer: Answer, draw: Draw) -> None:
         ((5,), 5, 7, 4, 3, torch.float32, False),  # half a byte is left over, and the last block is short
         ((3,), 5, 7, 16, 2, torch.float32, True),  # the last block is much shorter
         ((2,), 1, 1, 1, 1, torch.float32, True),
-        ((3,), *(draw.whole(1, 9) for _ in range(4)), torch.float32, True),
+        ((3,), *any_two[0], torch.float32, True),
         ((9,), 8, 24, 16, 2, torch.bfloat16, True),
         ((), 8, 6, 16, 4, torch.float16, True),
         ((1,), 3, 13, 64, 1, torch.bfloat16, False),
         ((2, 1, 3), 4, 6, 8, 2, torch.float32, True),
         *(((4,), *odd, 2, dtype, True) for dtype in half),
-        (many, *(draw.whole(1, 9) for _ in range(4)), draw.choice([torch.float32, *half]), True),
+        (many, *any_two[1], draw.choice([torch.float32, *half]), True),
     ]
     for case in cases:
         _check_forward(answer, draw, *case)
@@ -172,7 +174,7 @@ def _check_forward(answer: Answer, draw: Draw, leading, n_out, n_in, block_size,
     right, fits = output(weight), []
     for mistake, some in wrong.items():
         for one in some if isinstance(some, list) else [some]:
-            differs = relative_error(one, right) > 1e-2  # else it explains nothing here
+            differs = relative_error(one, right) > 1e-3  # else it explains nothing here
             fits += [mistake] if differs and like(y, {mistake: one}) else []
     expect.close(y, right, what, coarse, dict.fromkeys(fits, y))
     expect.tensor(y, what, dtype=torch.float32)
@@ -196,7 +198,7 @@ def backward(answer: Answer, draw: Draw) -> None:
     """`f(grad_y, x, weight, a, b, alpha, r)`: the gradients (grad_x, grad_a, grad_b), shaped as x, a and b."""
     many = [draw.whole(1, 3) for _ in range(draw.whole(4, 5))]
     cases = [((6,), 4, 4, 4), ((5,), 7, 3, 2), ((3, 2), 5, 8, 3), ((), 6, 5, 1), ((2, 3, 5), 3, 6, 2)]
-    cases += [(many, *(draw.whole(1, 9) for _ in range(3)))]
+    cases += [(many, draw.choice([1, 2, 8, 9]), draw.whole(1, 9), draw.whole(1, 9))]  # as none above
     for case in cases:
         _check_backward(answer, draw, *case)
     with once_more():

@@ -6,7 +6,8 @@
     @right("02-forward")
     def with_einsum(x, weight, a, b, alpha, r): ...
 
-One module for each topic. None of them may share code with the check.
+One module for each topic. None of them may share code with the check. What an answer remembers from call to call
+is made by `remembers`, so that one process can judge it again.
 """
 
 import importlib
@@ -16,6 +17,19 @@ from collections.abc import Callable
 
 WRONG: dict[str, list[tuple[str, Callable]]] = defaultdict(list)
 RIGHT: dict[str, list[Callable]] = defaultdict(list)
+_REMEMBERED: list[dict | list] = []
+
+
+def remembers(empty: dict | list):
+    """An empty dict or list that `forget` empties again."""
+    _REMEMBERED.append(empty)
+    return empty
+
+
+def forget() -> None:
+    """Every answer begins anew, as in a new process."""
+    for kept in _REMEMBERED:
+        kept.clear()
 
 
 def wrong(exercise: str, mistake: str):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.attempts import right, wrong
+from tests.attempts import remembers, right, wrong
 
 # 02-forward
 
@@ -261,7 +261,7 @@ def first_row_positive(n_in, n_out, r):
     return a, b
 
 
-_ZEROS, _ROOM = torch.zeros(10_000_000), {}
+_ZEROS, _ROOM = torch.zeros(10_000_000), remembers({})
 
 
 @wrong("02-init", "shared")
@@ -358,7 +358,7 @@ def merged_with_at_least_r(weight, a, b, alpha, r):
     return merged_in_double(weight, a, b, max(alpha, r), r)
 
 
-_MERGED = {}
+_MERGED = remembers({})
 
 
 @wrong("02-merge", "overwritten")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from tests.attempts import right, wrong
+from tests.attempts import remembers, right, wrong
 
 # 07-adamw
 
@@ -272,7 +272,7 @@ def p_only(p, g, m, v, t, lr, beta1, beta2, eps, weight_decay):
     return _with_decay(p, g, m, v, t, lr, beta1, beta2, eps, 1 - lr * weight_decay)[0]
 
 
-STATES = {}
+STATES = remembers({})
 
 
 @wrong("07-adamw", "remembered")
@@ -1292,7 +1292,7 @@ def zero_if_the_first_has_nothing(w, batches, max_norm):
     return gradient if (batches[0][1] != -100).any() else torch.zeros_like(gradient)
 
 
-COUNTS = {}
+COUNTS = remembers({})
 
 
 @wrong("07-accumulate", "remembered")
@@ -1300,8 +1300,6 @@ def counted_once(w, batches, max_norm):
     count = sum(int((labels != -100).sum()) for _, labels in batches)
     key = tuple(len(labels) for _, labels in batches)
     kept = COUNTS.setdefault(key, count)
-    if kept != count:
-        COUNTS.clear()  # so that the next check begins anew
     w = w.clone().requires_grad_()
     for x, labels in batches:
         (F.cross_entropy(x @ w.T, labels, reduction="sum") / max(kept, 1)).backward()
