@@ -98,16 +98,13 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     import bitsandbytes
 
-    kernels = choice.chosen(torch.device("cpu"))[0]
+    kernels, reason = choice.chosen(torch.device("cpu"))
     features = ", ".join(sorted(models.cpu_features()))
     print(
         f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}, Python {sys.version.split()[0]}, "
         f"{options.threads} threads, kernels: {kernels}; {features}"
     )
-    if kernels == "numba":
-        from qlora_edu.kernels import numba_codes
-
-        print(f"compiled, or found on disk, in {numba_codes.ready():.1f} s")
+    print(reason)
     record, good = [], True
     for shape in SHAPES:
         count = shape[0] * shape[1]

@@ -159,11 +159,7 @@ def kernels() -> Verdict:
         chosen, reason = choice.chosen(torch.device(device))
     except (ValueError, RuntimeError) as error:
         return PROBLEM, str(error), f"unset {choice.VARIABLE}, and the kernels that fit are chosen"
-    text = f"{chosen} on {device}. {reason}"
-    if chosen == "numba":
-        seconds = needed("qlora_edu.kernels.numba_codes").ready()
-        text += f" They were ready after {seconds:.1f} s (the first time they are compiled)."
-    return OK, text, ""
+    return OK, f"{chosen} on {device}. {reason}", ""
 
 
 def memory() -> Verdict:

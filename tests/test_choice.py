@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from qlora_edu import blockwise, codebooks
-from qlora_edu.kernels import choice, encode, numba_codes
+from qlora_edu.kernels import choice, encode, numba_codes, numba_lookup
 from qlora_edu.parity import BLOCK_SIZES, DTYPES, ODD_SIZES, differing, stored_weights
 
 
 @pytest.mark.parametrize(
     ("asked", "device", "found"),
     [
-        ("auto", "cpu", "torch"),
+        ("torch", "cpu", "torch"),
         ("numba", "cpu", "numba"),
         ("torch", "cuda", "torch"),
         ("triton", "meta", "torch"),
@@ -27,6 +27,48 @@ def test_the_choice_of_a_kernel(monkeypatch, asked, device, found):
     monkeypatch.setenv(choice.VARIABLE, asked)
     name, reason = choice.chosen(torch.device(device))
     assert name == found and reason.endswith(".")
+
+
+@pytest.fixture
+def chosen_anew(monkeypatch):
+    """What is chosen by itself on a CPU, not remembered from before."""
+    monkeypatch.setenv(choice.VARIABLE, "auto")
+    choice._chosen.cache_clear()
+    yield lambda: choice.chosen(torch.device("cpu"))
+    choice._chosen.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("lanes", "found", "reason"),
+    [(16, "numba", "looks up 16 codes"), (8, "numba", "looks up 8 codes"), (0, "torch", "neither AVX2 nor")],
+)
+def test_a_cpu_that_looks_many_codes_up_at_once_gets_numba(chosen_anew, monkeypatch, lanes, found, reason):
+    monkeypatch.setattr(numba_lookup, "lanes", lambda: lanes)
+    assert chosen_anew()[0] == found and reason in chosen_anew()[1]
+
+
+def test_without_numba_torch_is_chosen_and_one_line_says_so(chosen_anew, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qlora_edu.kernels.numba_lookup", None)
+    monkeypatch.delattr("qlora_edu.kernels.numba_lookup")
+    with pytest.warns(
+        UserWarning, match="Numba's kernels cannot run here .*: the same bits, several times slower"
+    ):
+        assert chosen_anew()[0] == "torch"
+    q = blockwise.quantize(stored_weights(256))  # no second line
+    assert torch.equal(q.dequantize(), blockwise.decode(q.packed, q.scales(), "nf4", 64, 256))
+
+
+@pytest.mark.parametrize("name", ["decode_into", "encode_into"])
+def test_kernels_that_compute_something_else_are_not_chosen(chosen_anew, monkeypatch, name):
+    right = getattr(numba_codes, name)
+    monkeypatch.setattr(numba_lookup, "lanes", lambda: 8)
+    monkeypatch.setattr(numba_codes, name, lambda out, *rest: right(out, *rest).mul_(2))
+    numba_codes.ready.cache_clear()
+    with pytest.warns(
+        UserWarning, match=r"cannot run here \(compiled for this CPU, they compute something else"
+    ):
+        assert chosen_anew()[0] == "torch"
+    numba_codes.ready.cache_clear()
 
 
 def test_triton_is_chosen_where_it_is(monkeypatch):
@@ -124,6 +166,40 @@ def test_all_numbers_near_a_threshold_a_level_or_the_edge_of_a_cell(codebook):
     packed = torch.empty(x.numel() // 2, dtype=torch.uint8)
     numba_codes.encode_into(packed, x, torch.ones(x.numel() // 32), codebook, 32)
     assert torch.equal(packed, blockwise.pack(blockwise.encode(x, codebook)))
+
+
+CPUS = {"avx512": ("skylake-avx512", "+avx512f,+avx2,+f16c", 16), "avx2": ("haswell", "+avx2,+f16c", 8)}
+CPUS["older"] = ("nehalem", "+sse4.2", 0)
+OF_ANY_CPU = "every_size or every_block_size or magnitudes or stay_nan"
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_older_cpus_decode_the_same(cpu):
+    name, features, lanes = CPUS[cpu]
+    if lanes > numba_lookup.lanes():
+        pytest.skip(f"needs a CPU with {cpu}")
+    forced = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": features}
+    code = "from qlora_edu.kernels import numba_lookup; print(numba_lookup.lanes())"
+    tests = ["-m", "pytest", "-q", __file__, "-k", OF_ANY_CPU]
+    shown, tested = (
+        subprocess.run([sys.executable, *arguments], env=os.environ | forced, capture_output=True, text=True)
+        for arguments in (["-c", code], tests)
+    )
+    assert shown.stdout == f"{lanes}\n", shown.stderr
+    assert tested.returncode == 0 and " passed" in tested.stdout, tested.stdout[-3000:]
+
+
+def test_scales_that_are_nan_stay_nan(threads):
+    bits = torch.tensor(
+        [0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFC00000 - 2**32, -1, 0x7F800000], dtype=torch.int32
+    )
+    scales = bits.view(torch.float32)  # the last one is Inf, whose product with level 0 is NaN
+    packed = torch.arange(16, dtype=torch.uint8).repeat(len(bits)) * 17
+    for dtype in DTYPES:
+        out = torch.empty(32 * len(bits), dtype=dtype)
+        numba_codes.decode_into(out, packed, scales, "nf4", 32)
+        right = blockwise.decode(packed, scales, "nf4", 32, out.numel())
+        assert torch.equal(out.isnan(), right.isnan()) and torch.equal(out.isinf(), right.isinf())
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_touched():

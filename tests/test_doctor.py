@@ -248,6 +248,7 @@ def test_a_gpu(monkeypatch):
 
 
 def test_the_kernels_that_are_forced_or_cannot_be(monkeypatch):
+    monkeypatch.setenv("QLORA_EDU_KERNELS", "torch")
     assert examined("kernels").text.startswith("torch on cpu. ")
     monkeypatch.setenv("QLORA_EDU_KERNELS", "numba")
     assert re.fullmatch(r"numba on cpu\. .* ready after \d+\.\d s .*", examined("kernels").text)

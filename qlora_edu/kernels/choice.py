@@ -44,12 +44,9 @@ def _chosen(asked: str, device: str, interpreted: bool) -> tuple[str, str]:
             )
         if asked == "numba" and device == "cuda":
             raise RuntimeError(f"{VARIABLE}: Numba's kernels are for a CPU; ask for triton, or for nothing")
-        return asked, f"{VARIABLE} asks for {asked}."
+        return asked, f"{VARIABLE} asks for {asked}." + (_numba_is_ready() if asked == "numba" else "")
     if device == "cpu":
-        return (
-            "torch",
-            "Plain torch decodes fast enough on a CPU that a training step gains little from Numba.",
-        )
+        return _for_cpu()
     if importlib.util.find_spec("triton") is None:
         warnings.warn(
             "Triton is not installed, so 4-bit weights are decoded by plain torch: the same bits, many times slower.",
@@ -57,6 +54,28 @@ def _chosen(asked: str, device: str, interpreted: bool) -> tuple[str, str]:
         )
         return "torch", "Triton is not installed."
     return "triton", "Triton is installed."
+
+
+def _for_cpu() -> tuple[str, str]:
+    try:
+        from qlora_edu.kernels import numba_lookup
+
+        if lanes := numba_lookup.lanes():
+            return "numba", f"One instruction of this CPU looks up {lanes} codes." + _numba_is_ready()
+    except Exception as error:  # Numba is young software, and a student can go on without it
+        warnings.warn(
+            f"Numba's kernels cannot run here ({error}), so 4-bit weights are decoded by plain torch: the same bits, "
+            "several times slower.",
+            stacklevel=5,
+        )
+        return "torch", "Numba's kernels cannot run here."
+    return "torch", "Compiled loops are hardly faster on this CPU, which has neither AVX2 nor AVX-512."
+
+
+def _numba_is_ready() -> str:
+    from qlora_edu.kernels import numba_codes
+
+    return f" The kernels were ready after {numba_codes.ready():.1f} s (the first time they are compiled)."
 
 
 def decoder(device: torch.device) -> ModuleType:

@@ -2,7 +2,8 @@
 
 The loops below are what one would write in C, and Numba makes machine code of them. They take blocks from `start` to
 `stop`, so that several threads can share a tensor: a compiled loop lets the others run (`nogil`). The first call of
-each kind takes a second to compile; the result is kept on disk (`cache`).
+each kind takes a second to compile; the result is kept on disk (`cache`). Where the CPU has an instruction that looks
+many codes up at once, `numba_lookup` decodes with it, and the decoding loops here only say what it does.
 """
 
 import os
@@ -11,24 +12,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from qlora_edu import codebooks
-from qlora_edu.kernels import decode
+from qlora_edu.kernels import decode, numba_lookup
 from qlora_edu.kernels.encode import CELLS, tables
+from qlora_edu.kernels.numba_lookup import compiled
 
+BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # that stand for what NumPy lacks, or Numba
 BLOCKS_OF_A_THREAD = 4096  # fewer are done before another thread has begun
-
-
-def compiled(function):
-    """Machine code of a Python function, made at its first call."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # there is no folder to keep it in
-        return numba.njit(nogil=True)(function)
 
 
 @compiled
@@ -50,9 +44,11 @@ def _decode_bfloat16(start, stop, out, packed, scales, levels, half):
     for block in range(start, stop):
         for code in range(16):
             weights[code] = levels[code] * scales[block]
-        for code in range(16):  # to the nearest, ties to even
+        for code in range(16):  # to the nearest, ties to even; a NaN stays one
             odd = (bits[code] >> np.uint32(16)) & np.uint32(1)
             rounded[code] = (bits[code] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+            if weights[code] != weights[code]:
+                rounded[code] = 0x7FC0
         for i in range(block * half, (block + 1) * half):
             byte = packed[i]
             out[2 * i] = rounded[byte >> 4]
@@ -99,11 +95,14 @@ def check_sizes(packed: Tensor, weights: Tensor, scales: Tensor, block_size: int
 def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, block_size: int) -> Tensor:
     """As `kernels.decode.decode_into`, in every bit."""
     check_sizes(packed, out, scales, block_size)
-    if out.dtype == torch.float16:  # which NumPy has to imitate
+    by_lookup = numba_lookup.lanes() > 0
+    if out.dtype == torch.float16 and not by_lookup:  # which NumPy has to imitate
         return decode.decode_into(out, packed, scales, codebook, block_size)
-    is_bfloat16 = out.dtype == torch.bfloat16
-    kernel = _decode_bfloat16 if is_bfloat16 else _decode_float32
-    array = out.view(torch.uint16) if is_bfloat16 else out
+    if by_lookup:
+        kernel = numba_lookup.decode
+    else:
+        kernel = _decode_float32 if out.dtype == torch.float32 else _decode_bfloat16
+    array = out.view(BITS[out.dtype]) if out.dtype in BITS else out
     levels, _, _ = codebooks.table(codebook)
     _share(out.numel() // block_size, kernel, array, packed, scales, levels, block_size // 2)
     torch.autograd.graph.increment_version(out)  # so that autograd notices what it did not see written
@@ -131,14 +130,22 @@ def encode_into(packed: Tensor, weight: Tensor, inverse: Tensor, codebook: str, 
     return packed
 
 
+@cache
 def ready() -> float:
-    """Seconds until all loops have run once: some to compile them, the first time; a moment where they are on disk."""
+    """Seconds until all loops had run once: some to compile them, the first time; a moment where they are on disk.
+
+    Raises:
+        RuntimeError: if what they give is not what plain torch gives.
+    """
     begin = time.perf_counter()
-    packed, scale = torch.zeros(16, dtype=torch.uint8), torch.ones(1)
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.zeros(32, dtype=dtype)
-        encode_into(packed, weight, scale, "nf4", 32)
-        decode_into(weight, packed, scale, "nf4", 32)
+    packed, scales = torch.arange(256, dtype=torch.uint8), torch.linspace(0.1, 2, 16)
+    for dtype in (torch.float32, *BITS):
+        found, right = torch.empty(512, dtype=dtype), torch.empty(512, dtype=dtype)
+        decode_into(found, packed, scales, "nf4", 32)
+        decode.decode_into(right, packed, scales, "nf4", 32)
+        again = encode_into(torch.empty_like(packed), right, 1 / scales, "nf4", 32)
+        if not torch.equal(found, right) or not torch.equal(again, packed):
+            raise RuntimeError(f"compiled for this CPU, they compute something else in {dtype}")
     return time.perf_counter() - begin
 
 
