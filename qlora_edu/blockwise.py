@@ -14,6 +14,7 @@ from torch import Tensor
 from qlora_edu import codebooks
 from qlora_edu.double_quantization import QuantizedScales, quantize_scales, to_blocks
 from qlora_edu.kernels import choice
+from qlora_edu.kernels.scratch import fresh
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -194,7 +195,7 @@ class QuantizedTensor:
         if dtype not in (None, *FLOATS):
             raise ValueError(f"dtype: expected float32, bfloat16 or float16; got {dtype}")
         if out is None:
-            out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.packed.device)
+            out = fresh(self.shape, dtype or self.dtype, self.packed.device)
         if tuple(out.shape) != self.shape or not out.is_contiguous() or out.dtype not in FLOATS:
             raise ValueError(
                 f"out: expected a contiguous float tensor of shape {self.shape}; got {out.dtype}, "

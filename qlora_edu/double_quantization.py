@@ -67,7 +67,7 @@ def encode(values: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
 def decode(codes: Tensor, absmax: Tensor, signed: bool = True) -> Tensor:
     """The numbers again, float32 (n,): level times absmax."""
     levels, _ = _table(signed, codes.device)
-    rows = to_blocks(levels[codes.int()], BLOCK_SIZE) * absmax[:, None]
+    rows = to_blocks(levels.index_select(0, codes.int()), BLOCK_SIZE).mul_(absmax[:, None])
     return rows.flatten()[: codes.numel()]
 
 
@@ -91,7 +91,7 @@ class QuantizedScales:
 
     def dequantize(self) -> Tensor:
         """The scales again, float32 (n,): level * second-level scale + offset, rounded after each step."""
-        return decode(self.codes, self.absmax) + self.offset
+        return decode(self.codes, self.absmax).add_(self.offset)
 
     def to(self, device: torch.device | str) -> "QuantizedScales":
         return QuantizedScales(*(t.to(device=device) for t in (self.codes, self.absmax, self.offset)))

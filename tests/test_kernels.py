@@ -1,7 +1,9 @@
 """Every fast path against the plain line that defines it."""
 
+import io
 import threading
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -265,3 +267,47 @@ class TestScratch:
         with torch.inference_mode():
             made = scratch.scratch((4,), torch.float32, torch.device("cpu"))
         assert not made.is_inference()
+
+
+class TestFresh:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [(), (0,), (3, 5), (4099, 2053)], ids=str)
+    def test_a_tensor_of_its_own(self, shape, dtype):
+        tensor = scratch.fresh(shape, dtype, torch.device("cpu"))
+        assert tensor.shape == shape and tensor.dtype == dtype and tensor.is_contiguous()
+        assert not tensor._is_view() and not tensor.requires_grad
+        other = scratch.fresh(shape, dtype, torch.device("cpu"))
+        tensor.fill_(1), other.fill_(2)
+        assert (tensor == 1).all() and (other == 2).all()
+
+    def test_large_memory_is_given_back(self):
+        process = psutil.Process()
+        tensor = scratch.fresh((2**28,), torch.uint8, torch.device("cpu")).fill_(1)
+        full = process.memory_info().rss
+        del tensor
+        assert full - process.memory_info().rss > 0.9 * 2**28
+
+    def test_it_trains_and_is_saved_as_any_other(self):
+        parameter = nn.Parameter(scratch.fresh((2**22,), torch.float32, torch.device("cpu")).fill_(3))
+        parameter.square().sum().backward()
+        with torch.no_grad():
+            parameter -= parameter.grad / 2
+        assert not parameter.any()
+        file = io.BytesIO()
+        torch.save(parameter.detach(), file)
+        assert torch.equal(torch.load(io.BytesIO(file.getvalue()), weights_only=True), parameter.detach())
+
+    def test_without_large_pages_it_is_plain_memory(self, monkeypatch):
+        class Refused:
+            def __init__(self, *_, **__):
+                raise OSError(22, "Invalid argument")
+
+        monkeypatch.setattr(scratch.mmap, "mmap", Refused)
+        assert scratch.fresh((2**23,), torch.float32, torch.device("cpu")).shape == (2**23,)
+        monkeypatch.delattr(scratch.mmap, "MADV_HUGEPAGE", raising=False)
+        assert scratch.fresh((2**23,), torch.float32, torch.device("cpu")).shape == (2**23,)
+
+    def test_too_much_and_other_devices_are_torchs_matter(self):
+        with pytest.raises(RuntimeError, match="allocate"):
+            scratch.fresh((2**50,), torch.float32, torch.device("cpu"))
+        assert scratch.fresh((2**30,), torch.float32, torch.device("meta")).is_meta

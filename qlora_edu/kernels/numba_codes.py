@@ -23,6 +23,7 @@ from qlora_edu.kernels.numba_lookup import compiled
 
 BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # that stand for what NumPy lacks, or Numba
 BLOCKS_OF_A_THREAD = 4096  # fewer are done before another thread has begun
+LOOKED_UP = 16  # times as many of them, where one instruction looks up many codes
 
 
 @compiled
@@ -161,7 +162,8 @@ if hasattr(os, "register_at_fork"):
 def _share(blocks: int, kernel, *arguments) -> None:
     """Run a kernel on all blocks, in as many threads as torch has."""
     arrays = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-    parts = max(1, min(torch.get_num_threads(), blocks // BLOCKS_OF_A_THREAD))
+    least = BLOCKS_OF_A_THREAD * (LOOKED_UP if kernel is numba_lookup.decode else 1)
+    parts = max(1, min(torch.get_num_threads(), blocks // least))
     bounds = [blocks * part // parts for part in range(parts + 1)]
     others = [
         _threads(parts - 1).submit(kernel, start, stop, *arrays) for start, stop in pairwise(bounds[1:])

@@ -1,10 +1,17 @@
-"""Memory that is used again and again, because on a CPU fresh memory costs more than the work done in it."""
+"""Where memory comes from: on a CPU, fresh memory costs more than the work done in it.
+
+The system hands it out in pages of 4 KiB, and stops for each of them when it is first written. `scratch` uses memory
+again; `fresh` asks Linux for pages of 2 MiB.
+"""
 
 import math
+import mmap
 import threading
 
 import torch
 from torch import Tensor
+
+MANY_BYTES = 2**24  # from here on, what is rounded up to whole pages of 2 MiB is little
 
 _local = threading.local()
 
@@ -23,3 +30,17 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 def release() -> None:
     """Give this thread's scratch memory back."""
     _local.__dict__.pop("buffers", None)
+
+
+def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty, and several times as fast to fill where it is large, on a CPU, and Linux has large pages."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < MANY_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a system without them; or there is no such memory, and torch says so
+        return torch.empty(shape, dtype=dtype, device=device)
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
