@@ -40,7 +40,11 @@ def chosen_anew(monkeypatch):
 
 @pytest.mark.parametrize(
     ("lanes", "found", "reason"),
-    [(16, "numba", "looks up 16 codes"), (8, "numba", "looks up 8 codes"), (0, "torch", "neither AVX2 nor")],
+    [
+        (16, "numba", "looks up 16 codes at once"),
+        (8, "numba", "looks up 8 codes at once"),
+        (0, "torch", "neither AVX-512 nor AVX2"),
+    ],
 )
 def test_a_cpu_that_looks_many_codes_up_at_once_gets_numba(chosen_anew, monkeypatch, lanes, found, reason):
     monkeypatch.setattr(numba_lookup, "lanes", lambda: lanes)
@@ -50,9 +54,7 @@ def test_a_cpu_that_looks_many_codes_up_at_once_gets_numba(chosen_anew, monkeypa
 def test_without_numba_torch_is_chosen_and_one_line_says_so(chosen_anew, monkeypatch):
     monkeypatch.setitem(sys.modules, "qlora_edu.kernels.numba_lookup", None)
     monkeypatch.delattr("qlora_edu.kernels.numba_lookup")
-    with pytest.warns(
-        UserWarning, match="Numba's kernels cannot run here .*: the same bits, several times slower"
-    ):
+    with pytest.warns(UserWarning, match="Numba's kernels cannot run here .*: the same bits, more slowly"):
         assert chosen_anew()[0] == "torch"
     q = blockwise.quantize(stored_weights(256))  # no second line
     assert torch.equal(q.dequantize(), blockwise.decode(q.packed, q.scales(), "nf4", 64, 256))
@@ -215,6 +217,43 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_touched():
         numba_codes.decode_into(torch.empty(64, 2)[:, 0], packed, scales, "nf4", 32)
     with pytest.raises(ValueError, match="packed: expected a contiguous tensor on the CPU"):
         numba_codes.decode_into(torch.empty(64), packed.repeat(2)[::2], scales, "nf4", 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [2, 4, 8, 16, 24, 32, 48, 96])
+def test_nothing_beyond_the_weights_is_written(threads, block_size, dtype):
+    for blocks in (1, 2, 3, 7):
+        n = blocks * block_size
+        packed = torch.randint(256, (n // 2,), dtype=torch.uint8)
+        scales = torch.linspace(-2, 2, blocks)
+        memory = torch.full((n * dtype.itemsize + 256,), 0xA5, dtype=torch.uint8)
+        out = memory[128:-128].view(dtype)
+        numba_codes.decode_into(out, packed, scales, "nf4", block_size)
+        assert torch.equal(out, blockwise.decode(packed, scales, "nf4", block_size, n).to(dtype))
+        assert (memory[:128] == 0xA5).all() and (memory[-128:] == 0xA5).all()
+
+
+def test_dtypes_that_the_loops_do_not_know_are_refused():
+    packed, scales = torch.zeros(32, dtype=torch.uint8), torch.ones(2)
+    for dtype in (torch.float64, torch.int32, torch.uint8):
+        with pytest.raises(ValueError, match="weights: expected float32 or bfloat16 or float16; got"):
+            numba_codes.decode_into(torch.empty(64).to(dtype), packed, scales, "nf4", 32)
+    with pytest.raises(ValueError, match="packed: expected uint8; got int32"):
+        numba_codes.decode_into(torch.empty(64), packed.int(), scales, "nf4", 32)
+    with pytest.raises(ValueError, match="scales: expected float32; got float64"):
+        numba_codes.decode_into(torch.empty(64), packed, scales.double(), "nf4", 32)
+
+
+def test_a_default_device_changes_nothing(chosen_anew):
+    weight = stored_weights(1024 * 4096).view(1024, 4096)
+    q, before = blockwise.quantize(weight), chosen_anew()[0]
+    choice._chosen.cache_clear()
+    numba_codes.ready.cache_clear()
+    with torch.device("meta"):
+        assert chosen_anew()[0] == before
+        assert torch.equal(
+            q.dequantize(), blockwise.decode(q.packed, q.scales(), "nf4", 64, q.numel).view(1024, 4096)
+        )
 
 
 def test_scales_of_all_magnitudes_are_rounded_as_torch_rounds():

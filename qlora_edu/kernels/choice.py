@@ -61,21 +61,24 @@ def _for_cpu() -> tuple[str, str]:
         from qlora_edu.kernels import numba_lookup
 
         if lanes := numba_lookup.lanes():
-            return "numba", f"One instruction of this CPU looks up {lanes} codes." + _numba_is_ready()
-    except Exception as error:  # Numba is young software, and a student can go on without it
+            return "numba", f"One instruction of this CPU looks up {lanes} codes at once." + _numba_is_ready()
+    except Exception as error:  # whatever went wrong, plain torch gives the same bits
         warnings.warn(
             f"Numba's kernels cannot run here ({error}), so 4-bit weights are decoded by plain torch: the same bits, "
-            "several times slower.",
+            "more slowly. If it ran before, delete qlora_edu/kernels/__pycache__ and try again.",
             stacklevel=5,
         )
         return "torch", "Numba's kernels cannot run here."
-    return "torch", "Compiled loops are hardly faster on this CPU, which has neither AVX2 nor AVX-512."
+    return (
+        "torch",
+        "This CPU has neither AVX-512 nor AVX2 with F16C, and without them compiled loops are hardly faster.",
+    )
 
 
 def _numba_is_ready() -> str:
     from qlora_edu.kernels import numba_codes
 
-    return f" The kernels were ready after {numba_codes.ready():.1f} s (the first time they are compiled)."
+    return f" The kernels were ready after {numba_codes.ready():.1f} s (longer the first time, when they are compiled)."
 
 
 def decoder(device: torch.device) -> ModuleType:

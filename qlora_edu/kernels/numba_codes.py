@@ -3,7 +3,7 @@
 The loops below are what one would write in C, and Numba makes machine code of them. They take blocks from `start` to
 `stop`, so that several threads can share a tensor: a compiled loop lets the others run (`nogil`). The first call of
 each kind takes a second to compile; the result is kept on disk (`cache`). Where the CPU has an instruction that looks
-many codes up at once, `numba_lookup` decodes with it, and the decoding loops here only say what it does.
+many codes up at once, `numba_lookup` decodes with it, and the decoding loops here are not run: they say what it does.
 """
 
 import os
@@ -18,12 +18,15 @@ from torch import Tensor
 
 from qlora_edu import codebooks
 from qlora_edu.kernels import decode, numba_lookup
-from qlora_edu.kernels.encode import CELLS, tables
+from qlora_edu.kernels.encode import tables
 from qlora_edu.kernels.numba_lookup import compiled
 
-BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}  # that stand for what NumPy lacks, or Numba
+BITS = {
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+}  # NumPy has no bfloat16, Numba hardly any float16
 BLOCKS_OF_A_THREAD = 4096  # fewer are done before another thread has begun
-LOOKED_UP = 16  # times as many of them, where one instruction looks up many codes
+FASTER_BY_LOOKUP = 16  # a thread gets so many times the blocks where one instruction looks up many codes
 
 
 @compiled
@@ -71,7 +74,7 @@ def _encode(start, stop, packed, weight, is_bfloat16, inverse, threshold, codes,
                 x[i] = weight[first + i]
         for i in range(2 * half):
             scaled = min(max(x[i] * inverse[block], np.float32(-1)), np.float32(1))
-            cell = np.int32((scaled + np.float32(1)) * np.float32((CELLS - 1) / 2))
+            cell = np.int32((scaled + np.float32(1)) * np.float32((len(threshold) - 1) / 2))
             code[i] = codes[2 * cell + (scaled > threshold[cell])]
         for i in range(half):
             packed[block * half + i] = (code[2 * i] << 4) | code[2 * i + 1]
@@ -80,15 +83,22 @@ def _encode(start, stop, packed, weight, is_bfloat16, inverse, threshold, codes,
 def check_sizes(packed: Tensor, weights: Tensor, scales: Tensor, block_size: int) -> None:
     """Raise a ValueError unless all is there that the loops touch: machine code looks at no bounds.
 
-    weights: float (n,), contiguous, of whole blocks; packed: uint8 (n / 2,); scales: at least (n / block_size,).
+    All are contiguous. weights: float32, bfloat16 or float16 (n,), of whole blocks; packed: uint8 (n / 2,); scales:
+    float32, at least (n / block_size,).
     """
     n = weights.numel()
-    if n % block_size or packed.numel() != n // 2 or scales.numel() < n // block_size:
+    if block_size % 2 or n % block_size or packed.numel() != n // 2 or scales.numel() < n // block_size:
         raise ValueError(
-            f"weights: expected whole blocks of {block_size}, half as many bytes and a scale for each; got {n:,} "
-            f"weights, {packed.numel():,} bytes, {scales.numel():,} scales"
+            f"weights: expected whole blocks of {block_size}, an even number, half as many bytes and a scale for each; "
+            f"got {n:,} weights, {packed.numel():,} bytes, {scales.numel():,} scales"
         )
+    expected = {
+        "weights": (torch.float32, *BITS), "packed": (torch.uint8,), "scales": (torch.float32,),
+    }  # fmt: skip
     for name, tensor in (("weights", weights), ("packed", packed), ("scales", scales)):
+        if tensor.dtype not in expected[name]:
+            kinds = " or ".join(str(dtype)[6:] for dtype in expected[name])
+            raise ValueError(f"{name}: expected {kinds}; got {str(tensor.dtype)[6:]}")
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError(f"{name}: expected a contiguous tensor on the CPU; got one on {tensor.device}")
 
@@ -96,7 +106,7 @@ def check_sizes(packed: Tensor, weights: Tensor, scales: Tensor, block_size: int
 def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, block_size: int) -> Tensor:
     """As `kernels.decode.decode_into`, in every bit."""
     check_sizes(packed, out, scales, block_size)
-    by_lookup = numba_lookup.lanes() > 0
+    by_lookup = numba_lookup.lanes() > 0 and block_size % numba_lookup.BLOCKS_OF == 0
     if out.dtype == torch.float16 and not by_lookup:  # which NumPy has to imitate
         return decode.decode_into(out, packed, scales, codebook, block_size)
     if by_lookup:
@@ -139,6 +149,12 @@ def ready() -> float:
         RuntimeError: if what they give is not what plain torch gives.
     """
     begin = time.perf_counter()
+    with torch.device("cpu"):  # whatever the default is
+        _compare_with_torch()
+    return time.perf_counter() - begin
+
+
+def _compare_with_torch() -> None:
     packed, scales = torch.arange(256, dtype=torch.uint8), torch.linspace(0.1, 2, 16)
     for dtype in (torch.float32, *BITS):
         found, right = torch.empty(512, dtype=dtype), torch.empty(512, dtype=dtype)
@@ -147,7 +163,6 @@ def ready() -> float:
         again = encode_into(torch.empty_like(packed), right, 1 / scales, "nf4", 32)
         if not torch.equal(found, right) or not torch.equal(again, packed):
             raise RuntimeError(f"compiled for this CPU, they compute something else in {dtype}")
-    return time.perf_counter() - begin
 
 
 @cache
@@ -162,7 +177,7 @@ if hasattr(os, "register_at_fork"):
 def _share(blocks: int, kernel, *arguments) -> None:
     """Run a kernel on all blocks, in as many threads as torch has."""
     arrays = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-    least = BLOCKS_OF_A_THREAD * (LOOKED_UP if kernel is numba_lookup.decode else 1)
+    least = BLOCKS_OF_A_THREAD * (FASTER_BY_LOOKUP if kernel is numba_lookup.decode else 1)
     parts = max(1, min(torch.get_num_threads(), blocks // least))
     bounds = [blocks * part // parts for part in range(parts + 1)]
     others = [

@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-MANY_BYTES = 2**24  # from here on, what is rounded up to whole pages of 2 MiB is little
+MANY_BYTES = 2**24  # from here on, rounding up to whole pages of 2 MiB wastes little
 
 _local = threading.local()
 
@@ -40,7 +40,7 @@ def fresh(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a system without them; or there is no such memory, and torch says so
+    except (OSError, OverflowError):  # a system without them; or there is no such memory, and torch says so
         return torch.empty(shape, dtype=dtype, device=device)
-    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()  # which keeps the memory
+    return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape)
