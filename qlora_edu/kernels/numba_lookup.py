@@ -52,9 +52,8 @@ def _table(b: ir.IRBuilder, levels, scale, dtype):
     """The sixteen weights of a block, one in each lane of 32 bits: a float32, or 16 bits and zeros above them."""
     floats, bits = ir.VectorType(ir.FloatType(), 16), _vector(32, 16)
     first_lane = b.insert_element(ir.Constant(floats, ir.Undefined), scale, INT32(0))
-    weights = b.fmul(
-        levels, b.shuffle_vector(first_lane, first_lane, _repeat(bits, 0))
-    )  # the scale in all lanes
+    all_lanes = b.shuffle_vector(first_lane, first_lane, _repeat(bits, 0))
+    weights = b.fmul(levels, all_lanes)
     if dtype == types.float32:
         return b.bitcast(weights, bits)
     if dtype == types.int16:  # stands for float16, see `numba_codes.BITS`
