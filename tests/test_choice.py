@@ -41,13 +41,16 @@ def chosen_anew(monkeypatch):
 @pytest.mark.parametrize(
     ("lanes", "found", "reason"),
     [
-        (16, "numba", "looks up 16 codes at once"),
-        (8, "numba", "looks up 8 codes at once"),
+        (16, "numba", "decodes 16 weights at once"),
+        (8, "numba", "decodes 8 weights at once"),
         (0, "torch", "neither AVX-512 nor AVX2"),
     ],
 )
 def test_a_cpu_that_looks_many_codes_up_at_once_gets_numba(chosen_anew, monkeypatch, lanes, found, reason):
     monkeypatch.setattr(numba_lookup, "lanes", lambda: lanes)
+    monkeypatch.setattr(
+        numba_codes, "ready", lambda: 0.4
+    )  # nothing is compiled for a CPU that may be another
     assert chosen_anew()[0] == found and reason in chosen_anew()[1]
 
 
@@ -60,17 +63,23 @@ def test_without_numba_torch_is_chosen_and_one_line_says_so(chosen_anew, monkeyp
     assert torch.equal(q.dequantize(), blockwise.decode(q.packed, q.scales(), "nf4", 64, 256))
 
 
-@pytest.mark.parametrize("name", ["decode_into", "encode_into"])
-def test_kernels_that_compute_something_else_are_not_chosen(chosen_anew, monkeypatch, name):
-    right = getattr(numba_codes, name)
+def test_kernels_that_are_not_right_are_not_chosen(chosen_anew, monkeypatch):
+    def wrong():
+        raise RuntimeError("they compute something else")
+
     monkeypatch.setattr(numba_lookup, "lanes", lambda: 8)
+    monkeypatch.setattr(numba_codes, "ready", wrong)
+    with pytest.warns(UserWarning, match=r"cannot run here \(they compute something else\)"):
+        assert chosen_anew()[0] == "torch"
+
+
+@pytest.mark.parametrize("name", ["decode_into", "encode_into"])
+def test_kernels_that_compute_something_else_are_not_ready(monkeypatch, name):
+    right = getattr(numba_codes, name)
     monkeypatch.setattr(numba_codes, name, lambda out, *rest: right(out, *rest).mul_(2))
     numba_codes.ready.cache_clear()
-    with pytest.warns(
-        UserWarning, match=r"cannot run here \(compiled for this CPU, they compute something else"
-    ):
-        assert chosen_anew()[0] == "torch"
-    numba_codes.ready.cache_clear()
+    with pytest.raises(RuntimeError, match="Numba's loops, compiled for this CPU, compute something else"):
+        numba_codes.ready()
 
 
 def test_triton_is_chosen_where_it_is(monkeypatch):

@@ -61,7 +61,10 @@ def _for_cpu() -> tuple[str, str]:
         from qlora_edu.kernels import numba_lookup
 
         if lanes := numba_lookup.lanes():
-            return "numba", f"One instruction of this CPU looks up {lanes} codes at once." + _numba_is_ready()
+            return (
+                "numba",
+                f"One instruction of this CPU decodes {lanes} weights at once." + _numba_is_ready(),
+            )
     except Exception as error:  # whatever went wrong, plain torch gives the same bits
         warnings.warn(
             f"Numba's kernels cannot run here ({error}), so 4-bit weights are decoded by plain torch: the same bits, "

@@ -92,12 +92,13 @@ def check_sizes(packed: Tensor, weights: Tensor, scales: Tensor, block_size: int
             f"weights: expected whole blocks of {block_size}, an even number, half as many bytes and a scale for each; "
             f"got {n:,} weights, {packed.numel():,} bytes, {scales.numel():,} scales"
         )
-    expected = {
-        "weights": (torch.float32, *BITS), "packed": (torch.uint8,), "scales": (torch.float32,),
-    }  # fmt: skip
-    for name, tensor in (("weights", weights), ("packed", packed), ("scales", scales)):
-        if tensor.dtype not in expected[name]:
-            kinds = " or ".join(str(dtype)[6:] for dtype in expected[name])
+    for name, tensor, dtypes in (
+        ("weights", weights, (torch.float32, *BITS)),
+        ("packed", packed, (torch.uint8,)),
+        ("scales", scales, (torch.float32,)),
+    ):
+        if tensor.dtype not in dtypes:
+            kinds = " or ".join(str(dtype)[6:] for dtype in dtypes)
             raise ValueError(f"{name}: expected {kinds}; got {str(tensor.dtype)[6:]}")
         if not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError(f"{name}: expected a contiguous tensor on the CPU; got one on {tensor.device}")
@@ -162,7 +163,9 @@ def _compare_with_torch() -> None:
         decode.decode_into(right, packed, scales, "nf4", 32)
         again = encode_into(torch.empty_like(packed), right, 1 / scales, "nf4", 32)
         if not torch.equal(found, right) or not torch.equal(again, packed):
-            raise RuntimeError(f"compiled for this CPU, they compute something else in {dtype}")
+            raise RuntimeError(
+                f"Numba's loops, compiled for this CPU, compute something else than torch in {dtype}"
+            )
 
 
 @cache
