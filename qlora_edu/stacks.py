@@ -1,6 +1,6 @@
 """The same fine-tuning step, done four ways, so that they can be compared like with like.
 
-    course       this package: NF4 with double quantization, LoRA computed in 16 bits, only scored logits
+    course       this package: NF4 with double quantization, LoRA computed in 16 bits, only scored logits, fused blocks
     course16     the same on the 16-bit base: LoRA without the Q
     libraries    transformers + PEFT + bitsandbytes: the same 4-bit base, PEFT's float32 LoRA
     lora16       transformers + PEFT on the 16-bit base
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qlora_edu import lora, models, qlora, reference
+from qlora_edu import fused, lora, models, qlora, reference
 from qlora_edu.training import Batch, answer_loss, library_loss
 
 NAMES = {
@@ -35,9 +35,18 @@ class Stack:
 
 
 def build(
-    name: str, r: int = 8, alpha: int = 16, seed: int = 0, dtype: torch.dtype = torch.bfloat16, device="cpu"
+    name: str,
+    r: int = 8,
+    alpha: int = 16,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    device="cpu",
+    fuse: bool = True,
 ) -> Stack:
     """One of NAMES, on SmolLM2-135M, computing in `dtype`.
+
+    Args:
+        fuse: let the course's own two use `fused.fuse`.
 
     Raises:
         ValueError: for an unknown name.
@@ -49,13 +58,14 @@ def build(
     else:
         model, _ = models.load(dtype=dtype, device=device)
     torch.manual_seed(seed)
+    if name in ("libraries", "lora16"):
+        return Stack(name, with_peft(model, r, alpha), library_loss)
     if name == "course":
         qlora.add_qlora(model, r=r, alpha=alpha, compute_dtype=dtype)
-        return Stack(name, model, answer_loss)
-    if name == "course16":
+        models.own_weights(model)
+    else:
         lora.add_lora(model, r=r, alpha=alpha, compute_dtype=dtype)
-        return Stack(name, model, answer_loss)
-    return Stack(name, with_peft(model, r, alpha), library_loss)
+    return Stack(name, fused.fuse(model) if fuse else model, answer_loss)
 
 
 def with_peft(model: nn.Module, r: int, alpha: int) -> nn.Module:

@@ -21,12 +21,12 @@ BLOCKS_OF = 32  # weights: block sizes must be multiples of that many, because o
 INT32 = ir.IntType(32)
 
 
-def compiled(function):
+def compiled(function, **options):
     """Machine code of a Python function, made at its first call and kept on disk."""
     try:
-        return numba.njit(cache=True, nogil=True)(function)
+        return numba.njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:  # no folder can be written to: it is compiled again in each process
-        return numba.njit(nogil=True)(function)
+        return numba.njit(nogil=True, **options)(function)
 
 
 @cache

@@ -78,18 +78,27 @@ def in_fresh_process(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_of_step(stack: str, rows: int = 4, length: int = 256, checkpointing: bool = False) -> dict:
+def peak_of_step(
+    stack: str, rows: int = 4, length: int = 256, checkpointing: bool = False, attention: str = "eager"
+) -> dict:
     """Resident memory around one training step of a `stacks.Stack`: meant for `in_fresh_process`.
+
+    Args:
+        attention: transformers' name for an implementation of attention.
 
     Returns:
         "loaded": bytes once the model stands; "peak": the largest while two steps ran.
     """
     import torch
+    from transformers import PreTrainedModel
 
     from qlora_edu import stacks
     from qlora_edu.training import TrainConfig, train
 
     chosen = stacks.build(stack)
+    next(m for m in chosen.model.modules() if isinstance(m, PreTrainedModel)).set_attn_implementation(
+        attention
+    )
     loaded = psutil.Process().memory_info().rss
     config = TrainConfig(steps=2, batch_size=rows, gradient_checkpointing=checkpointing)
     with PeakMemory() as peak:

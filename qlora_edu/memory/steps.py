@@ -88,8 +88,7 @@ def peak_of_method(
     model, _ = models.load(dtype=kind)
     loss = convert(model, method, dtype=kind)
     if not mapped:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+        models.own_weights(model)
     step = stages(model, loss, rows, length, checkpointing)
     with PeakMemory() as peak:
         for stage in step.values():

@@ -16,7 +16,7 @@ one process), `loading`, `linears`, `device`, `tokens`, `twin`.
 from qlora_edu.models.cache import ModelStatus, cache_folder, fetch, status
 from qlora_edu.models.device import cpu_features, pick_dtype
 from qlora_edu.models.linears import load_minilm
-from qlora_edu.models.loading import load
+from qlora_edu.models.loading import load, own_weights
 from qlora_edu.models.source import MINILM, SMOLLM2, SOURCES, ModelError
 from qlora_edu.models.twin import tiny
 
@@ -31,6 +31,7 @@ __all__ = [
     "fetch",
     "load",
     "load_minilm",
+    "own_weights",
     "pick_dtype",
     "status",
     "tiny",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_edu.models.cache import fetch
@@ -69,6 +70,16 @@ def load(
             f"{min(report['missing_keys'])!r}; they would be random. It is damaged, or another kind of model."
         )
     return model.to(device).eval(), tokenizer
+
+
+def own_weights(model: nn.Module) -> None:
+    """Copy a model's weights into memory of their own, and so let go of the file that they were mapped from.
+
+    A file stays mapped, and what was read of it counts as the process's memory, as long as one weight is a view of it.
+    For a model that was quantized after it was loaded, that is all 16-bit weights for the sake of its embedding.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def find(name: str | os.PathLike, progress: bool = True) -> Path | str:
