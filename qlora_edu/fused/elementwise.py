@@ -33,7 +33,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = torch.rsqrt(plain.wide(x).pow(2).mean(-1, keepdim=True) + eps)  # (..., 1)
+        squares = x.to(torch.promote_types(x.dtype, torch.float32), copy=True).square_()
+        r = torch.rsqrt(squares.mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, r)
         return passes(x, weight).normalise(x, weight, r)
 
