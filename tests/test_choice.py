@@ -314,6 +314,23 @@ def test_dtypes_that_the_loops_do_not_know_are_refused():
         numba_codes.decode_into(torch.empty(64), packed, scales.double(), "nf4", 32)
 
 
+def test_tensors_that_require_a_gradient_are_refused():
+    out, packed, scales = torch.empty(64), torch.zeros(32, dtype=torch.uint8), torch.ones(2)
+    for tensors, name in (
+        ((out.clone().requires_grad_(), packed, scales), "weights"),
+        ((out, packed, scales.clone().requires_grad_()), "scales"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: no gradient passes here"):
+            numba_codes.decode_into(*tensors, "nf4", 32)
+
+
+def test_tensors_without_memory_are_refused(threads):
+    q, out = blockwise.quantize(stored_weights(256)), torch.empty(256)
+    out.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="tensors: expected memory behind each"):
+        q.dequantize(out=out)
+
+
 def test_a_default_device_changes_nothing(chosen_anew):
     weight = stored_weights(1024 * 4096).view(1024, 4096)
     q, before = blockwise.quantize(weight), chosen_anew()[0]

@@ -97,6 +97,10 @@ def _check_tensor(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
         raise ValueError(f"{name}: expected {kinds}; got {str(tensor.dtype)[6:]}")
     if not tensor.is_contiguous() or not tensor.is_cpu:
         raise ValueError(f"{name}: expected a contiguous tensor on the CPU; got one on {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name}: no gradient passes here; got a tensor that requires one. Call detach() first."
+        )
 
 
 def decode_into(

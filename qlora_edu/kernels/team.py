@@ -89,6 +89,8 @@ def run(loop, blocks: int, numbers: tuple[int, ...], tensors: tuple[Tensor, ...]
     threads = torch.get_num_threads() if shared and _parallel() and os.getpid() == _PROCESS else 1
     facts = array("q", (0, blocks, threads, *numbers))
     job = array("Q", (facts.buffer_info()[0], *(tensor.data_ptr() for tensor in tensors)))
+    if blocks and not all(job):
+        raise ValueError("tensors: expected memory behind each; got one that has none, such as a FakeTensor")
     address = job.buffer_info()[0]
     if threads == 1:
         call(address)
