@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu import codebooks
-from qlora_edu.double_quantization import QuantizedScales, quantize_scales, to_blocks
+from qlora_edu.double_quantization import QuantizedScales, as_float32, quantize_scales, to_blocks
 from qlora_edu.kernels import choice
 from qlora_edu.kernels.scratch import fresh
 
@@ -177,7 +177,7 @@ class QuantizedTensor:
 
     def scales(self) -> Tensor:
         """The scale of each block, float32 (blocks,)."""
-        return self.stored_scales.dequantize() if self.double_quant else self.stored_scales
+        return as_float32(self.stored_scales)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """The weights that the codes stand for.
@@ -201,13 +201,14 @@ class QuantizedTensor:
                 f"out: expected a contiguous float tensor of shape {self.shape}; got {out.dtype}, "
                 f"shape {tuple(out.shape)}, contiguous: {out.is_contiguous()}"
             )
-        flat, scales = out.view(-1), self.scales()
-        whole = self.numel // self.block_size * self.block_size
+        flat, packed, short = out.view(-1), self.packed, self.numel % self.block_size
+        if short:  # the last block is decoded as defined
+            whole = self.numel - short
+            rest, last = packed[whole // 2 :], self.scales()[-1:]
+            flat[whole:] = decode(rest, last, self.codebook, self.block_size, short)
+            flat, packed = flat[:whole], packed[: whole // 2]
         decode_into = choice.decoder(flat.device).decode_into
-        decode_into(flat[:whole], self.packed[: whole // 2], scales, self.codebook, self.block_size)
-        if whole < self.numel:
-            rest = self.packed[whole // 2 :]
-            flat[whole:] = decode(rest, scales[-1:], self.codebook, self.block_size, self.numel - whole)
+        decode_into(flat, packed, self.stored_scales, self.codebook, self.block_size)
         return out
 
     def to(self, device: torch.device | str) -> "QuantizedTensor":

@@ -33,6 +33,11 @@ def _table(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     return levels.to(device), nearest.to(torch.uint8).to(device)
 
 
+def levels(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 levels of the signed map, float32, in which scales are stored. Shared: do not write to them."""
+    return _table(True, torch.device(device))[0]
+
+
 def to_blocks(flat: Tensor, block_size: int) -> Tensor:
     """flat (n,), n >= 1, as rows of `block_size`, the last one filled up with zeros.
 
@@ -95,6 +100,11 @@ class QuantizedScales:
 
     def to(self, device: torch.device | str) -> "QuantizedScales":
         return QuantizedScales(*(t.to(device=device) for t in (self.codes, self.absmax, self.offset)))
+
+
+def as_float32(scales: Tensor | QuantizedScales) -> Tensor:
+    """The scale of each block, float32 (blocks,), however they are stored."""
+    return scales.dequantize() if isinstance(scales, QuantizedScales) else scales
 
 
 def check_scales(scales: Tensor) -> None:

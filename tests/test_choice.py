@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qlora_edu import blockwise, codebooks
-from qlora_edu.kernels import choice, encode, numba_codes, numba_lookup
+from qlora_edu.double_quantization import QuantizedScales
+from qlora_edu.kernels import choice, encode, numba_codes, numba_lookup, team
 from qlora_edu.parity import BLOCK_SIZES, DTYPES, ODD_SIZES, differing, stored_weights
 
 
@@ -120,9 +121,10 @@ def test_a_kernel_that_cannot_run_is_named(monkeypatch):
 
 @pytest.fixture(params=[1, 2, 5])
 def threads(request, monkeypatch):
-    """Numba asked for, with that many threads, each of which takes few blocks."""
+    """Numba asked for, with that many threads, which share even the smallest tensor."""
     monkeypatch.setenv(choice.VARIABLE, "numba")
-    monkeypatch.setattr(numba_codes, "BLOCKS_OF_A_THREAD", 3)
+    monkeypatch.setattr(numba_codes, "DECODING_SHARED_FROM", 0)
+    monkeypatch.setattr(numba_codes, "ENCODING_SHARED_FROM", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -181,7 +183,7 @@ def test_all_numbers_near_a_threshold_a_level_or_the_edge_of_a_cell(codebook):
 
 CPUS = {"avx512": ("skylake-avx512", "+avx512f,+avx2,+f16c", 16), "avx2": ("haswell", "+avx2,+f16c", 8)}
 CPUS["older"] = ("nehalem", "+sse4.2", 0)
-OF_ANY_CPU = "every_size or every_block_size or magnitudes or stay_nan"
+OF_ANY_CPU = "every_size or every_block_size or magnitudes or stay_nan or rounded_after_each"
 
 
 @pytest.mark.parametrize("cpu", CPUS)
@@ -211,6 +213,65 @@ def test_scales_that_are_nan_stay_nan(threads):
         numba_codes.decode_into(out, packed, scales, "nf4", 32)
         right = blockwise.decode(packed, scales, "nf4", 32, out.numel())
         assert torch.equal(out.isnan(), right.isnan()) and torch.equal(out.isinf(), right.isinf())
+
+
+OFFSETS = [0.0, 0.3, -0.3, 1e-41, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_scales_in_8_bits_are_rounded_after_each_step(threads, offset):
+    blocks = 256 * 9 + 5
+    absmax = torch.tensor([0.1, 1 / 3, 0.7, 1e-3, 1e-30, 1e-44, 3e38, 0.0, float("inf"), float("nan")])
+    stored = QuantizedScales(torch.arange(blocks).to(torch.uint8), absmax, torch.tensor(offset))
+    packed = torch.arange(16 * blocks, dtype=torch.int32).to(torch.uint8)
+    for dtype in DTYPES:
+        out = torch.empty(32 * blocks, dtype=dtype)
+        numba_codes.decode_into(out, packed, stored, "nf4", 32)
+        right = blockwise.decode(packed, stored.dequantize(), "nf4", 32, out.numel()).to(dtype)
+        assert torch.equal(out.isnan(), right.isnan())
+        assert differing(out.nan_to_num(nan=0.5), right.nan_to_num(nan=0.5)) == (out.numel(), 0)
+
+
+def test_the_bits_of_those_scales_show_a_missing_rounding():
+    product = codebooks.dynamic_map() * torch.tensor(0.1)
+    fused = codebooks.dynamic_map().double() * torch.tensor(0.1).double() + torch.tensor(0.3).double()
+    assert (fused.float() != product + torch.tensor(0.3)).any()
+
+
+def test_scales_in_8_bits_that_do_not_fit_are_refused():
+    out, packed = torch.empty(32 * 257), torch.zeros(16 * 257, dtype=torch.uint8)
+    codes, absmax, offset = torch.zeros(257, dtype=torch.uint8), torch.ones(2), torch.tensor(0.5)
+    for parts, message in (
+        ((codes[:-1], absmax, offset), "256 scales"),
+        ((codes, absmax[:1], offset), "expected 2 absmax of 257 scales and one offset; got 1 and 1"),
+        ((codes, absmax, absmax), "got 2 and 2"),
+        ((codes.int(), absmax, offset), "codes of the scales: expected uint8; got int32"),
+        ((codes, absmax.double(), offset), "absmax of the scales: expected float32; got float64"),
+        ((codes, absmax, offset.double()), "offset of the scales: expected float32; got float64"),
+        ((codes, torch.ones(4)[::2], offset), "absmax of the scales: expected a contiguous tensor"),
+        ((codes, absmax, offset.to("meta")), "offset of the scales: .* got one on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            numba_codes.decode_into(out, packed, QuantizedScales(*parts), "nf4", 32)
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or "OpenMP" not in torch.__config__.parallel_info(),
+    reason="needs a torch whose threads are OpenMP's",
+)
+def test_all_of_torchs_threads_share_the_work(threads, monkeypatch):
+    asked = []
+    parallel = team._parallel()
+    monkeypatch.setattr(team, "_parallel", lambda: lambda *job: (asked.append(job[2]), parallel(*job)))
+    q = blockwise.quantize(stored_weights(4096))
+    assert torch.equal(q.dequantize(), blockwise.decode(q.packed, q.scales(), "nf4", 64, 4096))
+    assert asked == ([] if threads == 1 else [threads, threads])  # to encode, to decode
+
+
+def test_without_openmp_one_thread_does_it(threads, monkeypatch):
+    monkeypatch.setattr(team, "_parallel", lambda: None)
+    q = blockwise.quantize(stored_weights(4096))
+    assert torch.equal(q.dequantize(), blockwise.decode(q.packed, q.scales(), "nf4", 64, 4096))
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_touched():
@@ -253,6 +314,23 @@ def test_dtypes_that_the_loops_do_not_know_are_refused():
         numba_codes.decode_into(torch.empty(64), packed, scales.double(), "nf4", 32)
 
 
+def test_tensors_that_require_a_gradient_are_refused():
+    out, packed, scales = torch.empty(64), torch.zeros(32, dtype=torch.uint8), torch.ones(2)
+    for tensors, name in (
+        ((out.clone().requires_grad_(), packed, scales), "weights"),
+        ((out, packed, scales.clone().requires_grad_()), "scales"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: no gradient passes here"):
+            numba_codes.decode_into(*tensors, "nf4", 32)
+
+
+def test_tensors_without_memory_are_refused(threads):
+    q, out = blockwise.quantize(stored_weights(256)), torch.empty(256)
+    out.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="tensors: expected memory behind each"):
+        q.dequantize(out=out)
+
+
 def test_a_default_device_changes_nothing(chosen_anew):
     weight = stored_weights(1024 * 4096).view(1024, 4096)
     q, before = blockwise.quantize(weight), chosen_anew()[0]
@@ -287,15 +365,15 @@ def test_autograd_notices_what_numba_writes(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_a_fork_has_threads_of_its_own(monkeypatch):
+def test_a_fork_works_without_its_parents_threads():
     code = """
 import os, torch
 from qlora_edu import blockwise
 from qlora_edu.kernels import numba_codes
 from qlora_edu.parity import stored_weights
-numba_codes.BLOCKS_OF_A_THREAD = 3
+numba_codes.DECODING_SHARED_FROM = 0
 torch.set_num_threads(2)
-q = blockwise.quantize(stored_weights(100_000))
+q = blockwise.quantize(stored_weights(100_000), double_quant=True)
 right = q.dequantize()
 child = os.fork()
 if child == 0:
@@ -312,6 +390,7 @@ print(os.waitpid(child, 0)[1])
 
 def test_threads_that_decode_at_the_same_time(monkeypatch):
     monkeypatch.setenv(choice.VARIABLE, "numba")
+    monkeypatch.setattr(numba_codes, "DECODING_SHARED_FROM", 0)
     weights = [stored_weights(200_000, i) for i in range(4)]
     stored = [blockwise.quantize(w) for w in weights]
     right = [blockwise.decode(q.packed, q.scales(), "nf4", 64, q.numel) for q in stored]

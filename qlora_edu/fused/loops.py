@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlora_edu.kernels.numba_lookup import compiled
+from qlora_edu.kernels.team import compiled
 
 
 @compiled

@@ -24,7 +24,8 @@ def chosen(device: torch.device) -> tuple[str, str]:
     asked = os.environ.get(VARIABLE, "auto")
     if asked not in CHOICES:
         raise ValueError(f"{VARIABLE}: expected one of {', '.join(CHOICES)}; got {asked!r}")
-    return _chosen(asked, device.type, os.environ.get("TRITON_INTERPRET", "0") == "1")
+    interpreted = asked == "triton" and os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return _chosen(asked, device.type, interpreted)
 
 
 @cache

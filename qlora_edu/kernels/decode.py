@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_edu import codebooks
+from qlora_edu.double_quantization import QuantizedScales, as_float32
 
 WEIGHTS_PER_PIECE = (
     2**17
@@ -24,19 +25,22 @@ def _pairs(codebook: str, device: torch.device) -> Tensor:
     return torch.stack([levels[byte >> 4], levels[byte & 0xF]], dim=1).view(torch.float64).flatten()
 
 
-def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, block_size: int) -> Tensor:
+def decode_into(
+    out: Tensor, packed: Tensor, scales: Tensor | QuantizedScales, codebook: str, block_size: int
+) -> Tensor:
     """Decode whole blocks of packed 4-bit codes into `out`.
 
     Args:
         out: (n,), contiguous, float32, bfloat16 or float16; n is a multiple of `block_size`. Overwritten.
         packed: uint8 (n / 2,), high nibble first.
-        scales: float32 (n / block_size,).
+        scales: float32 (n / block_size,), or the same in 8 bits.
         codebook: a name known to `codebooks.table`.
         block_size: weights that share a scale, a power of two.
 
     Returns:
         out. A weight is the float32 product level * scale, rounded once to `out.dtype`.
     """
+    scales = as_float32(scales)
     pairs = _pairs(codebook, packed.device)
     piece = max(WEIGHTS_PER_PIECE, block_size)
     index = torch.empty(min(piece, out.numel()) // 2, dtype=torch.int32, device=packed.device)

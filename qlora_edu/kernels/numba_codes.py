@@ -1,66 +1,31 @@
 """4-bit encoding and decoding compiled by Numba; the definitions are `blockwise.encode` and `blockwise.decode`.
 
-The loops below are what one would write in C, and Numba makes machine code of them. They take blocks from `start` to
-`stop`, so that several threads can share a tensor: a compiled loop lets the others run (`nogil`). The first call of
-each kind takes a second to compile; the result is kept on disk (`cache`). Where the CPU has an instruction that looks
-many codes up at once, `numba_lookup` decodes with it, and the decoding loops here are not run: they say what it does.
+Here the tensors are checked and encoding is done: its loop is what one would write in C, and Numba makes machine code
+of it. The first call takes a second or more to compile; the result is kept on disk. Decoding is in `numba_lookup`, for
+CPUs with an instruction that looks many codes up at once; on others plain torch is as fast. How several threads share
+a loop is in `team`.
 """
 
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
-from qlora_edu import codebooks
-from qlora_edu.kernels import decode, numba_lookup
-from qlora_edu.kernels.encode import tables
-from qlora_edu.kernels.numba_lookup import compiled
+from qlora_edu import codebooks, double_quantization
+from qlora_edu.double_quantization import QuantizedScales
+from qlora_edu.kernels import decode, numba_lookup, team
+from qlora_edu.kernels.encode import CELLS, tables
+from qlora_edu.kernels.team import compiled, next_piece
 
-BITS = {
-    torch.bfloat16: torch.uint16,
-    torch.float16: torch.int16,
-}  # NumPy has no bfloat16, Numba hardly any float16
-BLOCKS_OF_A_THREAD = 4096  # fewer are done before another thread has begun
-FASTER_BY_LOOKUP = 16  # a thread gets so many times the blocks where one instruction looks up many codes
+DECODING_SHARED_FROM = 2**19  # weights: fewer are done before another thread has begun
+ENCODING_SHARED_FROM = 2**15
 
 
 @compiled
-def _decode_float32(start, stop, out, packed, scales, levels, half):
-    for block in range(start, stop):
-        scale = scales[block]
-        for i in range(block * half, (block + 1) * half):
-            byte = packed[i]
-            out[2 * i] = levels[byte >> 4] * scale
-            out[2 * i + 1] = levels[byte & 15] * scale
-
-
-@compiled
-def _decode_bfloat16(start, stop, out, packed, scales, levels, half):
-    """out: uint16. A block has sixteen different weights: they are rounded once, and then only looked up."""
-    weights = np.empty(16, np.float32)
-    bits = weights.view(np.uint32)
-    rounded = np.empty(16, np.uint16)
-    for block in range(start, stop):
-        for code in range(16):
-            weights[code] = levels[code] * scales[block]
-        for code in range(16):  # to the nearest, ties to even; a NaN stays one
-            odd = (bits[code] >> np.uint32(16)) & np.uint32(1)
-            rounded[code] = (bits[code] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-            if weights[code] != weights[code]:
-                rounded[code] = 0x7FC0
-        for i in range(block * half, (block + 1) * half):
-            byte = packed[i]
-            out[2 * i] = rounded[byte >> 4]
-            out[2 * i + 1] = rounded[byte & 15]
-
-
-@compiled
-def _encode(start, stop, packed, weight, is_bfloat16, inverse, threshold, codes, half):
+def _encode_blocks(start, stop, packed, weight, is_bfloat16, inverse, threshold, codes, half):
     """weight: float32, or the bits of bfloat16 as uint16. See `kernels.encode` for the cells."""
     x = np.empty(2 * half, np.float32)
     bits = x.view(np.uint32)
@@ -80,43 +45,81 @@ def _encode(start, stop, packed, weight, is_bfloat16, inverse, threshold, codes,
             packed[block * half + i] = (code[2 * i] << 4) | code[2 * i + 1]
 
 
-def check_sizes(packed: Tensor, weights: Tensor, scales: Tensor, block_size: int) -> None:
+def _encode(job):
+    """A loop for `team.run`. numbers: bytes in a block, whether weights are bfloat16; tensors: as `_encode_blocks`."""
+    numbers = carray(job[0], 5, np.int64)
+    blocks, half = numbers[1], numbers[3]
+    packed, inverse = carray(job[1], blocks * half, np.uint8), carray(job[3], blocks, np.float32)
+    threshold, codes = carray(job[4], CELLS, np.float32), carray(job[5], 2 * CELLS, np.uint8)
+    start, stop = next_piece(numbers)
+    while start < blocks:
+        if numbers[4] == 1:
+            weight = carray(job[2], 2 * len(packed), np.uint16)
+            _encode_blocks(start, stop, packed, weight, True, inverse, threshold, codes, half)
+        else:
+            exact = carray(job[2], 2 * len(packed), np.float32)
+            _encode_blocks(start, stop, packed, exact, False, inverse, threshold, codes, half)
+        start, stop = next_piece(numbers)
+
+
+def check(packed: Tensor, weights: Tensor, scales: Tensor | QuantizedScales, block_size: int) -> None:
     """Raise a ValueError unless all is there that the loops touch: machine code looks at no bounds.
 
     All are contiguous. weights: float32, bfloat16 or float16 (n,), of whole blocks; packed: uint8 (n / 2,); scales:
-    float32, at least (n / block_size,).
+    float32, at least (n / block_size,), or the same in 8 bits.
     """
-    n = weights.numel()
-    if block_size % 2 or n % block_size or packed.numel() != n // 2 or scales.numel() < n // block_size:
+    n, blocks = weights.numel(), weights.numel() // block_size
+    in_8_bits = isinstance(scales, QuantizedScales)
+    count = scales.codes.numel() if in_8_bits else scales.numel()
+    if block_size % 2 or n % block_size or packed.numel() != n // 2 or count < blocks:
         raise ValueError(
             f"weights: expected whole blocks of {block_size}, an even number, half as many bytes and a scale for each; "
-            f"got {n:,} weights, {packed.numel():,} bytes, {scales.numel():,} scales"
+            f"got {n:,} weights, {packed.numel():,} bytes, {count:,} scales"
         )
-    for name, tensor, dtypes in (
-        ("weights", weights, (torch.float32, *BITS)),
-        ("packed", packed, (torch.uint8,)),
-        ("scales", scales, (torch.float32,)),
-    ):
-        if tensor.dtype not in dtypes:
-            kinds = " or ".join(str(dtype)[6:] for dtype in dtypes)
-            raise ValueError(f"{name}: expected {kinds}; got {str(tensor.dtype)[6:]}")
-        if not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ValueError(f"{name}: expected a contiguous tensor on the CPU; got one on {tensor.device}")
+    _check_tensor("weights", weights, *numba_lookup.DTYPES)
+    _check_tensor("packed", packed, torch.uint8)
+    if not in_8_bits:
+        return _check_tensor("scales", scales, torch.float32)
+    _check_tensor("codes of the scales", scales.codes, torch.uint8)
+    _check_tensor("absmax of the scales", scales.absmax, torch.float32)
+    _check_tensor("offset of the scales", scales.offset, torch.float32)
+    found, least = scales.absmax.numel(), -(-blocks // double_quantization.BLOCK_SIZE)
+    if found < least or scales.offset.numel() != 1:
+        raise ValueError(
+            f"scales: expected {least:,} absmax of {blocks:,} scales and one offset; got {found:,} and "
+            f"{scales.offset.numel():,}"
+        )
 
 
-def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, block_size: int) -> Tensor:
+def _check_tensor(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        kinds = " or ".join(str(dtype)[6:] for dtype in dtypes)
+        raise ValueError(f"{name}: expected {kinds}; got {str(tensor.dtype)[6:]}")
+    if not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(f"{name}: expected a contiguous tensor on the CPU; got one on {tensor.device}")
+    if tensor.requires_grad:
+        raise ValueError(
+            f"{name}: no gradient passes here; got a tensor that requires one. Call detach() first."
+        )
+
+
+def decode_into(
+    out: Tensor, packed: Tensor, scales: Tensor | QuantizedScales, codebook: str, block_size: int
+) -> Tensor:
     """As `kernels.decode.decode_into`, in every bit."""
-    check_sizes(packed, out, scales, block_size)
-    by_lookup = numba_lookup.lanes() > 0 and block_size % numba_lookup.BLOCKS_OF == 0
-    if out.dtype == torch.float16 and not by_lookup:  # which NumPy has to imitate
+    check(packed, out, scales, block_size)
+    if not numba_lookup.lanes() or block_size % numba_lookup.BLOCKS_OF:
         return decode.decode_into(out, packed, scales, codebook, block_size)
-    if by_lookup:
-        kernel = numba_lookup.decode
-    else:
-        kernel = _decode_float32 if out.dtype == torch.float32 else _decode_bfloat16
-    array = out.view(BITS[out.dtype]) if out.dtype in BITS else out
     levels, _, _ = codebooks.table(codebook)
-    _share(out.numel() // block_size, kernel, array, packed, scales, levels, block_size // 2)
+    in_8_bits = isinstance(scales, QuantizedScales)
+    if in_8_bits:
+        of_scales = (scales.codes, scales.absmax, scales.offset, double_quantization.levels())
+    else:
+        of_scales = (scales,) * 4
+    numbers = (block_size // 2, numba_lookup.DTYPES.index(out.dtype), in_8_bits)
+    shared = out.numel() >= DECODING_SHARED_FROM
+    tensors = (out, packed, levels, *of_scales)
+    team.run(numba_lookup.decode, out.numel() // block_size, numbers, tensors, shared)
     torch.autograd.graph.increment_version(out)  # so that autograd notices what it did not see written
     return out
 
@@ -124,21 +127,12 @@ def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, bloc
 def encode_into(packed: Tensor, weight: Tensor, inverse: Tensor, codebook: str, block_size: int) -> Tensor:
     """As `kernels.encode.encode_into`, in every bit."""
     weight = weight.detach().contiguous()
-    check_sizes(packed, weight, inverse, block_size)
+    check(packed, weight, inverse, block_size)
     is_bfloat16 = weight.dtype == torch.bfloat16
-    weight = weight.view(torch.uint16) if is_bfloat16 else weight.float()
-    threshold, codes = tables(codebook, packed.device)
-    _share(
-        len(packed) * 2 // block_size,
-        _encode,
-        packed,
-        weight,
-        is_bfloat16,
-        inverse,
-        threshold,
-        codes,
-        block_size // 2,
-    )
+    weight = weight if is_bfloat16 else weight.float()
+    tensors = (packed, weight, inverse, *tables(codebook, packed.device))
+    shared = weight.numel() >= ENCODING_SHARED_FROM
+    team.run(_encode, weight.numel() // block_size, (block_size // 2, is_bfloat16), tensors, shared)
     return packed
 
 
@@ -157,7 +151,7 @@ def ready() -> float:
 
 def _compare_with_torch() -> None:
     packed, scales = torch.arange(256, dtype=torch.uint8), torch.linspace(0.1, 2, 16)
-    for dtype in (torch.float32, *BITS):
+    for dtype in numba_lookup.DTYPES:
         found, right = torch.empty(512, dtype=dtype), torch.empty(512, dtype=dtype)
         decode_into(found, packed, scales, "nf4", 32)
         decode.decode_into(right, packed, scales, "nf4", 32)
@@ -166,26 +160,3 @@ def _compare_with_torch() -> None:
             raise RuntimeError(
                 f"Numba's loops, compiled for this CPU, compute something else than torch in {dtype}"
             )
-
-
-@cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="kernels")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a fork has none of its parent's threads
-
-
-def _share(blocks: int, kernel, *arguments) -> None:
-    """Run a kernel on all blocks, in as many threads as torch has."""
-    arrays = [a.numpy() if isinstance(a, Tensor) else a for a in arguments]
-    least = BLOCKS_OF_A_THREAD * (FASTER_BY_LOOKUP if kernel is numba_lookup.decode else 1)
-    parts = max(1, min(torch.get_num_threads(), blocks // least))
-    bounds = [blocks * part // parts for part in range(parts + 1)]
-    others = [
-        _threads(parts - 1).submit(kernel, start, stop, *arrays) for start, stop in pairwise(bounds[1:])
-    ]
-    kernel(0, bounds[1], *arrays)
-    for other in others:
-        other.result()

@@ -11,22 +11,20 @@ vectors.
 from functools import cache
 
 import numba
+import numpy as np
+import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from qlora_edu.double_quantization import BLOCK_SIZE as SCALES_IN_A_BLOCK
+from qlora_edu.kernels.team import compiled, next_piece
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # Numba has the last two as uint16 and int16
 BLOCKS_OF = 32  # weights: block sizes must be multiples of that many, because only whole vectors are written
 INT32 = ir.IntType(32)
-
-
-def compiled(function, **options):
-    """Machine code of a Python function, made at its first call and kept on disk."""
-    try:
-        return numba.njit(cache=True, nogil=True, **options)(function)
-    except RuntimeError:  # no folder can be written to: it is compiled again in each process
-        return numba.njit(nogil=True, **options)(function)
 
 
 @cache
@@ -56,7 +54,7 @@ def _table(b: ir.IRBuilder, levels, scale, dtype):
     weights = b.fmul(levels, all_lanes)
     if dtype == types.float32:
         return b.bitcast(weights, bits)
-    if dtype == types.int16:  # stands for float16, see `numba_codes.BITS`
+    if dtype == types.int16:  # stands for float16, see DTYPES
         float16 = b.fptrunc(weights, ir.VectorType(ir.HalfType(), 16))
         return b.zext(b.bitcast(float16, _vector(16, 16)), bits)
     # bfloat16 is the upper half, rounded to the nearest, ties to even; a NaN stays one.
@@ -119,10 +117,44 @@ def _decode_block(_, levels, scale, packed, start, stop, out):
 
 
 @compiled
-def decode(start, stop, out, packed, scales, levels, half):
-    """What the decoding loops of `numba_codes` do.
+def _scale(block, in_8_bits, scales, codes, absmax, offset, levels_of_scales):
+    """As `double_quantization.QuantizedScales.dequantize`: rounded after each step."""
+    if in_8_bits:
+        return levels_of_scales[codes[block]] * absmax[block // SCALES_IN_A_BLOCK] + offset[0]
+    return scales[block]
 
-    half: bytes in a block; out: float32, or 16 bits as int16 (float16) or uint16 (bfloat16).
-    """
+
+@compiled
+def _decode_blocks(start, stop, out, packed, levels, half, stored):
     for block in range(start, stop):
-        _decode_block(levels, scales[block], packed, block * half, (block + 1) * half, out)
+        scale = _scale(block, *stored)
+        _decode_block(levels, scale, packed, block * half, (block + 1) * half, out)
+
+
+def decode(job):
+    """A loop for `team.run`: blocks of packed codes to weights.
+
+    numbers: bytes in a block, position of the dtype in DTYPES, whether scales are in 8 bits. tensors: out, packed,
+    levels; scales, or their codes; and of scales in 8 bits absmax, offset, levels, otherwise anything.
+    """
+    numbers = carray(job[0], 6, np.int64)
+    blocks, half, dtype = numbers[1], numbers[3], numbers[4]
+    count = 2 * half * blocks
+    packed, levels = carray(job[2], count // 2, np.uint8), carray(job[3], 16, np.float32)
+    stored = (
+        numbers[5] == 1,
+        carray(job[4], blocks, np.float32),
+        carray(job[4], blocks, np.uint8),
+        carray(job[5], blocks // SCALES_IN_A_BLOCK + 1, np.float32),
+        carray(job[6], 1, np.float32),
+        carray(job[7], 256, np.float32),
+    )
+    start, stop = next_piece(numbers)
+    while start < blocks:
+        if dtype == 0:
+            _decode_blocks(start, stop, carray(job[1], count, np.float32), packed, levels, half, stored)
+        elif dtype == 1:
+            _decode_blocks(start, stop, carray(job[1], count, np.uint16), packed, levels, half, stored)
+        else:
+            _decode_blocks(start, stop, carray(job[1], count, np.int16), packed, levels, half, stored)
+        start, stop = next_piece(numbers)

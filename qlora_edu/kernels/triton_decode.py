@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language import constexpr
 
 from qlora_edu import codebooks
+from qlora_edu.double_quantization import QuantizedScales, as_float32
 
 PIECE = 1024  # bytes of a program
 INTERPRETED = constexpr(triton.knobs.runtime.interpret)  # as it is while the kernels below are made
@@ -48,13 +49,15 @@ def _decode(packed, scales, levels, out, count, BLOCK_SIZE: constexpr, PIECE: co
     tl.store(out + at, rounded(tl.interleave(high, low), out.dtype.element_ty), mask=at < count)
 
 
-def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, block_size: int) -> Tensor:
+def decode_into(
+    out: Tensor, packed: Tensor, scales: Tensor | QuantizedScales, codebook: str, block_size: int
+) -> Tensor:
     """Decode packed 4-bit codes into `out`; a short last block and an odd count are allowed.
 
     Args:
         out: (n,), contiguous, float32, bfloat16 or float16. Overwritten.
         packed: uint8 (ceil(n / 2),), high nibble first.
-        scales: float32 (ceil(n / block_size),).
+        scales: float32 (ceil(n / block_size),), or the same in 8 bits.
         codebook, block_size: as for `kernels.decode.decode_into`.
 
     Returns:
@@ -63,7 +66,7 @@ def decode_into(out: Tensor, packed: Tensor, scales: Tensor, codebook: str, bloc
     Raises:
         ValueError: if there are too few bytes or scales, or `out` is not contiguous: the kernel looks at no bounds.
     """
-    count = out.numel()
+    scales, count = as_float32(scales), out.numel()
     if 2 * packed.numel() < count or scales.numel() * block_size < count or not out.is_contiguous():
         raise ValueError(
             f"out: expected a contiguous tensor of at most {2 * packed.numel():,} weights in {scales.numel():,} blocks "
