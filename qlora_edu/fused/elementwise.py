@@ -5,7 +5,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from qlora_edu.fused import plain
 from qlora_edu.fused.choice import passes
 
 
