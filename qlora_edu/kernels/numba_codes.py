@@ -20,8 +20,9 @@ from qlora_edu.kernels import decode, numba_lookup, team
 from qlora_edu.kernels.encode import CELLS, tables
 from qlora_edu.kernels.team import compiled, next_piece
 
-DECODING_SHARED_FROM = 2**19  # weights: fewer are done before another thread has begun
-ENCODING_SHARED_FROM = 2**15
+# Shared work waits for the last thread: a millisecond, where other programs keep the cores busy.
+DECODING_SHARED_FROM = 2**21  # bytes written; one thread writes so many in 30 microseconds
+ENCODING_SHARED_FROM = 2**15  # weights; these take one thread twice as long
 
 
 @compiled
@@ -117,7 +118,7 @@ def decode_into(
     else:
         of_scales = (scales,) * 4
     numbers = (block_size // 2, numba_lookup.DTYPES.index(out.dtype), in_8_bits)
-    shared = out.numel() >= DECODING_SHARED_FROM
+    shared = out.nbytes >= DECODING_SHARED_FROM
     tensors = (out, packed, levels, *of_scales)
     team.run(numba_lookup.decode, out.numel() // block_size, numbers, tensors, shared)
     torch.autograd.graph.increment_version(out)  # so that autograd notices what it did not see written
