@@ -8,9 +8,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
-from qlora_edu.kernels.team import compiled
+from qlora_edu.kernels import team
+from qlora_edu.kernels.team import compiled, next_piece
+
+SHARED_FROM = 2**18  # numbers: fewer are done before another thread has begun
 
 
 @compiled
@@ -29,12 +33,10 @@ def narrow(x):
 
 
 @compiled
-def _normalise(out, x, weight, r):
-    """out, x (rows, n); weight (n,); r float32 (rows,)."""
-    for row in range(len(x)):
-        y, a, b = out[row], x[row], r[row]
-        for i in range(len(a)):
-            y[i] = narrow(wide(narrow(wide(a[i]) * b)) * wide(weight[i]))
+def _normalise_row(y, x, weight, r):
+    """y, x, weight: (n,)."""
+    for i in range(len(x)):
+        y[i] = narrow(wide(narrow(wide(x[i]) * r)) * wide(weight[i]))
 
 
 @compiled
@@ -51,59 +53,108 @@ def _sum_of_products(a, b, c):
 
 
 @compiled
-def _normalise_backward(out, x, weight, r, grad):
-    for row in range(len(x)):
-        dx, a, b, g = out[row], x[row], r[row], grad[row]
-        mean = np.float32(_sum_of_products(g, weight, a) / len(a))
-        shift = mean * b * b
-        for i in range(len(a)):
-            dx[i] = narrow((wide(g[i]) * wide(weight[i]) - wide(a[i]) * shift) * b)
+def _normalise_row_backward(dx, x, weight, r, grad):
+    """dx, x, weight, grad: (n,)."""
+    mean = np.float32(_sum_of_products(grad, weight, x) / len(x))
+    shift = mean * r * r
+    for i in range(len(x)):
+        dx[i] = narrow((wide(grad[i]) * wide(weight[i]) - wide(x[i]) * shift) * r)
 
 
 @compiled
-def _rotate(out, x, cos, sin, back):
-    """x (b, t, heads, d), out (b, heads, t, d), or the other way where `back` is True; cos, sin (1 or b, t, d)."""
-    rows, heads, length = (x if back else out).shape[:3]
-    half = x.shape[3] // 2
-    for row in range(rows):
-        for head in range(heads):
-            for t in range(length):
-                a, y = (x[row, head, t], out[row, t, head]) if back else (x[row, t, head], out[row, head, t])
-                c, s = cos[row % len(cos), t], sin[row % len(sin), t]
-                for i in range(half):
-                    first, second = wide(a[i]), wide(a[half + i])
-                    up, down = wide(narrow(first * wide(s[i]))), wide(narrow(second * wide(s[i])))
-                    if back:
-                        up, down = -up, -down
-                    y[i] = narrow(wide(narrow(first * wide(c[i]))) - down)
-                    y[half + i] = narrow(wide(narrow(second * wide(c[i]))) + up)
+def _rotate_head(y, x, cos, sin, back):
+    """y, x, cos, sin: (d,)."""
+    half = len(x) // 2
+    for i in range(half):
+        first, second = wide(x[i]), wide(x[half + i])
+        up, down = wide(narrow(first * wide(sin[i]))), wide(narrow(second * wide(sin[i])))
+        if back:
+            up, down = -up, -down
+        y[i] = narrow(wide(narrow(first * wide(cos[i]))) - down)
+        y[half + i] = narrow(wide(narrow(second * wide(cos[i]))) + up)
 
 
-def _bits(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().view(torch.uint16).numpy()
+def _normalise(job):
+    """Loops for `team.run`, over rows. numbers: n. tensors: out, x (rows, n), weight (n,), r (rows,)."""
+    numbers = carray(job[0], 4, np.int64)
+    rows, n = numbers[1], numbers[3]
+    out, x = carray(job[1], (rows, n), np.uint16), carray(job[2], (rows, n), np.uint16)
+    weight, r = carray(job[3], n, np.uint16), carray(job[4], rows, np.float32)
+    start, stop = next_piece(numbers)
+    while start < rows:
+        for row in range(start, stop):
+            _normalise_row(out[row], x[row], weight, r[row])
+        start, stop = next_piece(numbers)
 
 
-def _rows(x: Tensor) -> np.ndarray:
-    return _bits(x).reshape(-1, x.shape[-1])
+def _normalise_backward(job):
+    """As `_normalise`, and grad (rows, n)."""
+    numbers = carray(job[0], 4, np.int64)
+    rows, n = numbers[1], numbers[3]
+    out, x = carray(job[1], (rows, n), np.uint16), carray(job[2], (rows, n), np.uint16)
+    weight, r = carray(job[3], n, np.uint16), carray(job[4], rows, np.float32)
+    grad = carray(job[5], (rows, n), np.uint16)
+    start, stop = next_piece(numbers)
+    while start < rows:
+        for row in range(start, stop):
+            _normalise_row_backward(out[row], x[row], weight, r[row], grad[row])
+        start, stop = next_piece(numbers)
+
+
+def _rotate(job):
+    """Over pairs (row, t). numbers: t, heads, d, rows of cos and sin, whether back. tensors: out, x, cos, sin."""
+    numbers = carray(job[0], 8, np.int64)
+    pairs, length, heads, d, tables, back = (
+        numbers[1],
+        numbers[3],
+        numbers[4],
+        numbers[5],
+        numbers[6],
+        numbers[7],
+    )
+    by_position, by_head = (pairs // length, length, heads, d), (pairs // length, heads, length, d)
+    here, there = (
+        carray(job[1 + (1 - back)], by_position, np.uint16),
+        carray(job[1 + back], by_head, np.uint16),
+    )
+    cos, sin = carray(job[3], (tables, length, d), np.uint16), carray(job[4], (tables, length, d), np.uint16)
+    start, stop = next_piece(numbers)
+    while start < pairs:
+        for pair in range(start, stop):
+            row, t = pair // length, pair % length
+            c, s = cos[row % tables, t], sin[row % tables, t]
+            for head in range(heads):
+                if back:
+                    _rotate_head(here[row, t, head], there[row, head, t], c, s, True)
+                else:
+                    _rotate_head(there[row, head, t], here[row, t, head], c, s, False)
+        start, stop = next_piece(numbers)
+
+
+def _run(loop, pieces: int, numbers: tuple[int, ...], out: Tensor, *tensors: Tensor) -> Tensor:
+    tensors = [tensor.detach().contiguous() for tensor in tensors]
+    if out.numel():
+        team.run(loop, pieces, numbers, (out, *tensors), shared=out.numel() >= SHARED_FROM)
+    return out
 
 
 def normalise(x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _normalise(_rows(out), _rows(x), _bits(weight), r.reshape(-1).numpy())
-    return out
+    return _run(_normalise, r.numel(), weight.shape, out, x, weight, r)
 
 
 def normalise_backward(x: Tensor, weight: Tensor, r: Tensor, grad: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _normalise_backward(_rows(out), _rows(x), _bits(weight), r.reshape(-1).numpy(), _rows(grad))
-    return out
+    return _run(_normalise_backward, r.numel(), weight.shape, out, x, weight, r, grad)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-    b, one, other, d = x.shape
-    out = torch.empty((b, other, one, d), dtype=x.dtype, device=x.device)
-    _rotate(_bits(out), _bits(x), _bits(cos), _bits(sin), back)
-    return out
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    b, t, heads, d = x.shape
+    out = torch.empty((b, heads, t, d), dtype=x.dtype, device=x.device)
+    return _run(_rotate, b * t, (t, heads, d, len(cos), 0), out, x, cos, sin)
 
 
-rotate_back = partial(rotate, back=True)
+def rotate_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    b, heads, t, d = x.shape
+    out = torch.empty((b, t, heads, d), dtype=x.dtype, device=x.device)
+    return _run(_rotate, b * t, (t, heads, d, len(cos), 1), out, x, cos, sin)
