@@ -34,8 +34,11 @@ def same(found: Tensor, right: Tensor) -> None:
     if found.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         assert parity.differing(found, right) == (found.numel(), 0)
     else:
-        step = torch.finfo(found.dtype).eps
-        assert torch.allclose(found, right, rtol=2 * step, atol=2 * step)
+        steps = (
+            64 if found.dtype == torch.float32 else 2
+        )  # a sum of 64 products, rounded each time or at its end
+        step = steps * torch.finfo(found.dtype).eps
+        assert torch.allclose(found, right, rtol=step, atol=step)
 
 
 @pytest.fixture(params=["torch", "numba"])
@@ -134,17 +137,18 @@ def eager(q, k, v, cos, sin, mask, scaling):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("length", [1, 67, 128, 200, 300])
+@pytest.mark.parametrize("length", [1, 46, 67, 128, 200, 255])
 def test_attention_is_that_of_transformers(length, dtype, kernels, threads):
-    q, k, v = (numbers(2, length, heads, 64, dtype=dtype, seed=heads) for heads in (9, 3, 3))
+    """Large scores, so that a sum of probabilities in another order shows."""
     mask = causal(length, 2, dtype)
     mask[1, :, :, length // 2 + 1 :] = torch.finfo(dtype).min  # padding
-    arguments = (q, k, v, *angles(length, 64, dtype=dtype), mask, 0.125)
-    found, right = fused.attention(*arguments), eager(*arguments)
-    same(found, right)
+    for seed in (0, 10, 20, 30):
+        q, k, v = (2 * numbers(2, length, heads, 64, dtype=dtype, seed=seed + heads) for heads in (9, 3, 3))
+        arguments = (q, k, v, *angles(length, 64, dtype=dtype), mask, 0.125)
+        same(fused.attention(*arguments), eager(*arguments))
 
 
-@pytest.mark.parametrize("queries", [1, 3, 128])
+@pytest.mark.parametrize("queries", [1, 3, 64])
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("hidden", ["nothing", "later keys", "all but two keys"])
 def test_attention_has_the_derivatives_of_its_definition(hidden, heads, groups, queries, monkeypatch):
@@ -220,7 +224,9 @@ def test_what_is_kept_is_what_is_said():
         q, k, v = (numbers(2, 256, heads, 64).requires_grad_() for heads in (9, 3, 3))
         cos, sin = angles(256, 64)
         fused.attention(q, k, v, cos, sin, causal(256), 0.125)
-        seen = (128 * 128 + 128 * 256) * 2 * 9 * 2  # half of the queries look at half of the keys
+        seen = (
+            64 * (64 + 128 + 192 + 256) * 2 * 9 * 2
+        )  # 64 queries at a time, and the keys up to the last of them
         assert sum(kept) == q.nbytes + k.nbytes + v.nbytes + cos.nbytes + sin.nbytes + seen
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qlora_edu.fused import plain
 from qlora_edu.fused.choice import passes
 
-QUERIES = 128  # of each head at a time
+QUERIES = 64  # of each head at a time
 
 
 def attention(
@@ -53,7 +54,7 @@ class _Attention(torch.autograd.Function):
             scores = torch.baddbmm(q.new_empty(1), part, k[:, :seen].mT, beta=0, alpha=scaling)
             if mask is not None:
                 scores.view(b, groups, -1, *mask[0, 0, rows, :seen].shape).add_(mask[:, :, None, rows, :seen])
-            p = scores.softmax(-1)
+            p = scores.softmax(-1, dtype=plain.wide_dtype(q)).to(q.dtype)
             y[:, :, rows] = (p @ v[:, :seen]).view_as(q[:, :, rows])
             kept.append(p)
         ctx.save_for_backward(q, k, v, cos, sin, *kept)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from qlora_edu.fused import plain
 from qlora_edu.fused.choice import passes
 
 
@@ -32,7 +33,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares = x.to(torch.promote_types(x.dtype, torch.float32), copy=True).square_()
+        squares = x.to(plain.wide_dtype(x), copy=True).square_()
         r = torch.rsqrt(squares.mean(-1, keepdim=True) + eps)  # (..., 1)
         ctx.save_for_backward(x, weight, r)
         return passes(x, weight).normalise(x, weight, r)

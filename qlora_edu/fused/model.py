@@ -14,7 +14,7 @@ from qlora_edu.fused.elementwise import rms_norm, swiglu
 def fuse(model: nn.Module) -> nn.Module:
     """Let the blocks of a LLaMA model run `attention`, `rms_norm` and `swiglu`, in place. Returns the model.
 
-    Its modules, their names and weights stay what they are, and what they compute stays the same in every bit;
+    Its modules, their names and weights stay what they are, and what they compute is rounded where it was before;
     gradients are rounded less often. What these functions do not do is done as before: a step with a cache, attention
     with dropout or with its weights asked for, norms that are trained, autocast.
 

@@ -4,9 +4,13 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float32, or float64 where x is that."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def wide(x: Tensor) -> Tensor:
-    """In float32, or float64 where it is that."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide_dtype(x))
 
 
 def normalise(x: Tensor, weight: Tensor, r: Tensor) -> Tensor:
