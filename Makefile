@@ -159,7 +159,7 @@ claims: $(TEST_INSTALLED)
 	@$(PY) -m qlora_edu.claims
 
 bench: $(TEST_INSTALLED)
-	@failed=0; for kernels in auto torch; do QLORA_EDU_KERNELS=$$kernels $(PY) benchmarks/kernels.py || failed=1; echo; done; \
+	@failed=0; for kernels in auto torch; do QLORA_EDU_KERNELS=$$kernels $(PY) benchmarks/cpu_kernels.py || failed=1; echo; done; \
 	$(PY) benchmarks/qlora_step.py || failed=1; echo; \
 	$(PY) benchmarks/gpu_kernels.py || [ $$? = 2 ] || failed=1; exit $$failed
 

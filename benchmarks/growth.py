@@ -21,6 +21,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator
 
 from qlora_edu import blockwise, memory, plots, stacks
 from qlora_edu.training import Batch
@@ -98,6 +99,9 @@ def drawn(parts: dict, folder: Path) -> None:
         axis.set(title=title, xlabel=unit, ylabel="bytes" if "peak" in title else "seconds")
         axis.set_xticks(x, [f"{value:g}" for value in x])
         axis.minorticks_off()
+        if axis.get_ylim()[1] < 100 * axis.get_ylim()[0]:  # few powers of ten: more numbers
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.legend()
     for axis in axes.flat[len(parts) :]:
         axis.axis("off")

@@ -27,9 +27,10 @@ from qlora_edu import memory, models, stacks, tasks, training  # noqa: E402
 from qlora_edu.training import Batch  # noqa: E402
 
 ROWS, LENGTH = 4, 256
-LIMITS = {"libraries": 0.80, "lora16": 0.90, "course16": 1.15}  # what the course promises of course / other
+LIMITS = {"libraries": 0.70, "lora16": 0.75, "course16": 1.10}  # what the course promises of course / other
 GOALS = {"libraries": 0.55, "lora16": 0.60, "course16": 1.05}  # what it would like to reach
 TOLERANCE = 0.02  # of the losses: float32 adapters there, 16-bit products here
+ALIKE = 8  # steps that are compared; later two runs on real data wander apart
 PEAK_GOAL = 0.60  # of peak memory, course / lora16
 PEAK_LIMIT = 0.60
 SDPA = (
@@ -114,7 +115,8 @@ def report(seconds: dict, losses: dict, peaks: dict, limits: dict) -> bool:
         ratio = peaks["course"] / peaks[SDPA]
         print(f"  ... / lora16 with torch's fused attention: {ratio:.2f}   {_goal(ratio, PEAK_GOAL)}")
     for here, there in PAIRS.items():
-        apart = max(abs(a / b - 1) for a, b in zip(losses[here], losses[there], strict=True))
+        pairs = list(zip(losses[here], losses[there], strict=True))[:ALIKE]
+        apart = max(abs(a / b - 1) for a, b in pairs)
         fine = apart <= TOLERANCE
         good &= fine
         print(f"  losses of {here} and {there} differ by at most {apart:.2%}   {'ok' if fine else 'MISSED'}")

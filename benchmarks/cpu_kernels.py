@@ -1,6 +1,6 @@
 """Quantizing, decoding and multiplying on a CPU, against bitsandbytes: throughput at three shapes.
 
-    python benchmarks/kernels.py [--rounds 9] [--threads 1] [--json]
+    python benchmarks/cpu_kernels.py [--rounds 9] [--threads 1] [--json]
 
 bfloat16 weights, NF4, blocks of 64. Both sides take turns in one process; a ratio is taken within each round,
 and the median of the rounds is printed with the quartiles. "Reused" is the course's way, into a buffer that
