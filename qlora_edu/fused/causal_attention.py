@@ -3,8 +3,10 @@
 Several query heads share a key head (grouped-query attention). Instead of repeating the keys for each of them, their
 queries are put below one another, and one product serves the group. Queries come a part at a time, and only to the keys
 that the mask lets them see. Scores are rounded to the model's dtype where transformers' eager attention rounds them, so
-that the result is the same in every bit; gradients are rounded less often.
+that the result is the same in every bit (where: see `qlora_edu.fused`); gradients are rounded less often.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def attention(
         mask: is added to the scores, (1 or b, 1, t, t), or None. It hides a key by the least number of its dtype.
 
     Returns:
-        (b, t, heads, d). A query that may see no key gets some mean of the values. Gradients go to q, k and v.
+        (b, t, heads, d). A query that may see no key gets the mean of all values. Gradients go to q, k and v.
 
     Raises:
         ValueError: if the shapes or dtypes do not fit.
@@ -51,7 +53,7 @@ class _Attention(torch.autograd.Function):
         y, kept, parts = torch.empty_like(q), [], _parts(mask, length)
         for rows, seen in parts:
             part = q[:, :, rows].flatten(1, 2)  # (b * groups, heads of the group * rows, d)
-            scores = torch.baddbmm(q.new_empty(1), part, k[:, :seen].mT, beta=0, alpha=scaling)
+            scores = _scores(part, k[:, :seen], scaling)
             if mask is not None:
                 scores.view(b, groups, -1, *mask[0, 0, rows, :seen].shape).add_(mask[:, :, None, rows, :seen])
             p = scores.softmax(-1, dtype=plain.wide_dtype(q)).to(q.dtype)
@@ -85,6 +87,13 @@ class _Attention(torch.autograd.Function):
         )
 
 
+def _scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """scaling q kᵀ, rounded after the product and once more after the multiplication, as transformers does."""
+    if math.frexp(scaling)[0] == 0.5:  # a power of two, such as 1 / sqrt(64), rounds nothing
+        return torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=scaling)
+    return torch.bmm(q, k.mT).mul_(scaling)
+
+
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """(b, heads, t, d) to (b * groups, heads of a group, t, d)."""
     return x.reshape(len(x) * groups, -1, *x.shape[2:])
@@ -96,13 +105,20 @@ def _by_head(x: Tensor, b: int) -> Tensor:
 
 
 def _parts(mask: Tensor | None, length: int) -> list[tuple[slice, int]]:
-    """Queries, a part of them at a time, and how many keys they need: where the mask hides all later ones, no more."""
+    """Queries, a part of them at a time, and how many keys they need.
+
+    Where the mask hides all later keys, no more than up to the last query; but all where a query may see none, since
+    it gets the mean of all then.
+    """
     parts = []
     for start in range(0, length, QUERIES):
         rows = slice(start, min(start + QUERIES, length))
         seen = length
-        if mask is not None and (mask[:, :, rows, rows.stop :] == torch.finfo(mask.dtype).min).all():
-            seen = rows.stop
+        if mask is not None:
+            least = torch.finfo(mask.dtype).min
+            sees_one = (mask[:, :, rows, : rows.stop] > least).any(-1).all()
+            if sees_one and (mask[:, :, rows, rows.stop :] == least).all():
+                seen = rows.stop
         parts.append((rows, seen))
     return parts
 

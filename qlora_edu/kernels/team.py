@@ -3,7 +3,7 @@
 To wake a thread of Python's takes longer than to decode a small matrix. OpenMP's threads, which torch's own operations
 run on, stay awake for a moment after each of them and begin within microseconds. `GOMP_parallel` is what a C compiler
 makes of `#pragma omp parallel`: all threads of the team call one function with the same argument, and it returns when
-all are done. There are as many pieces as threads, no more: a thread finds in its own cache what it wrote the last time.
+all are done. There are as many pieces as threads, no more, and a thread takes the next one that is free.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ def next_piece(numbers):
     """The next blocks that no thread has taken, (start, stop). Once none is left, start is their number.
 
     numbers: int64, pieces taken, blocks and pieces first. Numba does not notice an edit of these lines: delete
-    kernels/__pycache__ after one.
+    kernels/__pycache__ and fused/__pycache__ after one.
     """
     blocks, pieces = numbers[1], numbers[2]
     piece = min(_count(numbers), pieces)
