@@ -1,5 +1,9 @@
 """The set-up cell, and the stacks that chapters and benchmark compare."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -32,6 +36,16 @@ def test_threads_that_wait_for_busy_cores_are_not_used(monkeypatch, capsys, many
 def test_an_unknown_stack_is_named():
     with pytest.raises(ValueError, match="expected one of course, course16, libraries, lora16; got 'peft'"):
         stacks.build("peft")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux says there what is mapped")
+def test_a_4_bit_stack_lets_go_of_the_16_bit_file():
+    code = (
+        "from qlora_edu import stacks; stack = stacks.build('course'); "
+        "print(open('/proc/self/maps').read().count('model.safetensors'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "0"
 
 
 def test_all_stacks_start_from_the_same_adapter_and_loss():
