@@ -114,10 +114,10 @@ def _parts(mask: Tensor | None, length: int) -> list[tuple[slice, int]]:
     for start in range(0, length, QUERIES):
         rows = slice(start, min(start + QUERIES, length))
         seen = length
-        if mask is not None:
+        if mask is not None and rows.stop < length:
             least = torch.finfo(mask.dtype).min
-            sees_one = (mask[:, :, rows, : rows.stop] > least).any(-1).all()
-            if sees_one and (mask[:, :, rows, rows.stop :] == least).all():
+            sees_one = (mask[:, :, rows, : rows.stop].amax(-1) > least).all()
+            if sees_one and mask[:, :, rows, rows.stop :].amax() == least:
                 seen = rows.stop
         parts.append((rows, seen))
     return parts
