@@ -1,7 +1,7 @@
 """The fused functions: the forward pass of transformers in every bit, the derivatives of the definitions."""
 
 import copy
-import pickle
+import sys
 
 import pytest
 import torch
@@ -249,9 +249,8 @@ def test_what_is_kept_is_what_is_said():
         q, k, v = (numbers(2, 256, heads, 64).requires_grad_() for heads in (9, 3, 3))
         cos, sin = angles(256, 64)
         fused.attention(q, k, v, cos, sin, causal(256), 0.125)
-        seen = (
-            64 * (64 + 128 + 192 + 256) * 2 * 9 * 2
-        )  # 64 queries at a time, and the keys up to the last of them
+        # 64 queries at a time, and the keys up to the last of them; two rows, nine heads, two bytes
+        seen = 64 * (64 + 128 + 192 + 256) * 2 * 9 * 2
         assert sum(kept) == q.nbytes + k.nbytes + v.nbytes + cos.nbytes + sin.nbytes + seen
 
 
@@ -378,12 +377,13 @@ def test_names_and_weights_stay_and_a_copy_is_its_own():
     assert torch.equal(here(input_ids=IDS).logits, before) and not again(input_ids=IDS).logits.any()
 
 
-def test_a_fused_model_can_be_pickled():
+def test_what_is_fused_is_a_matter_of_classes():
+    """Found by their names, with nothing hung on an instance: so a model can be stored, copied and replicated."""
     _, here = two_models()
-    again = pickle.loads(pickle.dumps(here))
-    assert [type(module) for module in again.modules()] == [type(module) for module in here.modules()]
-    options = {"input_ids": IDS, "use_cache": False}
-    assert torch.equal(again(**options).logits, here(**options).logits)
+    for module in here.modules():
+        kind = type(module)
+        assert getattr(sys.modules[kind.__module__], kind.__qualname__) is kind
+        assert "forward" not in vars(module)
 
 
 @pytest.mark.parametrize("kind", ["float32", "bool", "each head", "all queries alike", "trained"])

@@ -104,19 +104,11 @@ def _normalise_backward(job):
 def _rotate(job):
     """Over pairs (row, t). numbers: t, heads, d, rows of cos and sin, whether back. tensors: out, x, cos, sin."""
     numbers = carray(job[0], 8, np.int64)
-    pairs, length, heads, d, tables, back = (
-        numbers[1],
-        numbers[3],
-        numbers[4],
-        numbers[5],
-        numbers[6],
-        numbers[7],
-    )
-    by_position, by_head = (pairs // length, length, heads, d), (pairs // length, heads, length, d)
-    here, there = (
-        carray(job[1 + (1 - back)], by_position, np.uint16),
-        carray(job[1 + back], by_head, np.uint16),
-    )
+    pairs, length, heads = numbers[1], numbers[3], numbers[4]
+    d, tables, back = numbers[5], numbers[6], numbers[7] == 1
+    first, second = (job[1], job[2]) if back else (job[2], job[1])
+    by_position = carray(first, (pairs // length, length, heads, d), np.uint16)
+    by_head = carray(second, (pairs // length, heads, length, d), np.uint16)
     cos, sin = carray(job[3], (tables, length, d), np.uint16), carray(job[4], (tables, length, d), np.uint16)
     start, stop = next_piece(numbers)
     while start < pairs:
@@ -125,9 +117,9 @@ def _rotate(job):
             c, s = cos[row % tables, t], sin[row % tables, t]
             for head in range(heads):
                 if back:
-                    _rotate_head(here[row, t, head], there[row, head, t], c, s, True)
+                    _rotate_head(by_position[row, t, head], by_head[row, head, t], c, s, True)
                 else:
-                    _rotate_head(there[row, head, t], here[row, t, head], c, s, False)
+                    _rotate_head(by_head[row, head, t], by_position[row, t, head], c, s, False)
         start, stop = next_piece(numbers)
 
 

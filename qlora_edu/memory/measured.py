@@ -96,9 +96,8 @@ def peak_of_step(
     from qlora_edu.training import TrainConfig, train
 
     chosen = stacks.build(stack)
-    next(m for m in chosen.model.modules() if isinstance(m, PreTrainedModel)).set_attn_implementation(
-        attention
-    )
+    inside = next(module for module in chosen.model.modules() if isinstance(module, PreTrainedModel))
+    inside.set_attn_implementation(attention)
     loaded = psutil.Process().memory_info().rss
     config = TrainConfig(steps=2, batch_size=rows, gradient_checkpointing=checkpointing)
     with PeakMemory() as peak:
